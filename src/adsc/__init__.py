@@ -1,0 +1,1 @@
+"""Attention-driven self-compression of vision tokens in multimodal LLMs."""
