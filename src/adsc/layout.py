@@ -26,8 +26,8 @@ class Layout:
     length
         Number of positions of the row, padding not counted.
     spans
-        One entry per image or frame, in order. A *tuple of two integers* is ``(start, stop)``, stop excluded; every other
-        sequence (list, range, array) holds the positions themselves, strictly increasing. Spans must not share positions.
+        One entry per image or frame, in order. A *tuple of two integers* is ``(start, stop)``, stop excluded; every
+        other sequence (list, range, array) holds the positions themselves, strictly increasing. Spans share none.
     grids
         Height and width of each span's grid of tokens (row-major), or ``None`` where it is not a grid or unknown.
 

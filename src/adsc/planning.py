@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def retained(self) -> Fraction:
-        """Average over the layers of the vision tokens in that layer, over those of layer 0; 1 for a row without any."""
+        """Average over layers of the vision tokens in that layer, over those of layer 0; 1 for a row without any."""
         if not self.layout.spans:
             return Fraction(1)
         return Fraction(sum(self.vision_tokens_per_layer()), self.num_layers * self.layout.vision_tokens)
@@ -102,8 +102,8 @@ def plan(
 ) -> Plan:
     """Decide which positions of one row stay in which decoder layer.
 
-    Of the n tokens of a span that enter a reduction with fraction f, m = max(1, ⌊n·f + 1/2⌋) stay, whatever else is in the
-    row. Later reductions act on the survivors of earlier ones. Text always stays, and so does the last token
+    Of the n tokens of a span that enter a reduction with fraction f, m = max(1, ⌊n·f + 1/2⌋) stay, whatever else is
+    in the row. Later reductions act on the survivors of earlier ones. Text always stays, and so does the last token
     of every span. Which others stay is the pattern's choice (indices into the survivors):
 
     ``last``
@@ -111,19 +111,19 @@ def plan(
     ``first``
         The first of each of m even groups, ⌊j·n/m⌋ for j = 0 … m−2, and the last token of the span.
     ``grid``
-        r evenly spaced rows crossed with c evenly spaced columns of the h × w survivors, both by the rule of ``last``. r is one of
-        the two integers around h·√f, c the integer nearest to m/r (half up, at most w), or the same with rows and
-        columns exchanged; the pair with r·c nearest to m is taken, then the one whose h/r and w/c are most alike, then the
-        one with more columns. r·c is m only where it can be.
+        r evenly spaced rows crossed with c evenly spaced columns of the h × w survivors, both by the rule of ``last``.
+        r is one of the two integers around h·√f, c the integer nearest to m/r (half up, at most w), or the same with
+        rows and columns exchanged; the pair with r·c nearest to m is taken, then the one whose h/r and w/c are most
+        alike, then the one with more columns. r·c is m only where it can be.
     ``random``
-        m−1 tokens drawn without replacement, and the last token of the span. The draw depends on the seed, n and the number of
-        the reduction alone.
+        m−1 tokens drawn without replacement, and the last token of the span. The draw depends on the seed, n and the
+        number of the reduction alone.
 
     Parameters
     ----------
     spans
-        The vision tokens of each image or frame, as :class:`adsc.Layout` takes them, or a layout (then without ``length`` and
-        ``grids``).
+        The vision tokens of each image or frame, as :class:`adsc.Layout` takes them, or a layout (then without
+        ``length`` and ``grids``).
     length
         Number of positions of the row.
     schedule
@@ -163,7 +163,7 @@ def plan(
     return _plan(layout, schedule.validate(num_layers), num_layers, pattern, seed)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _plan(layout: Layout, schedule: Schedule, num_layers: int, pattern: str, seed: int) -> Plan:
     keeps = tuple(keep for _, keep in schedule)
     chosen = [

@@ -52,8 +52,8 @@ class Schedule:
     Parameters
     ----------
     reductions
-        Pairs of a 0-indexed decoder layer (at least 1, strictly increasing) and a fraction in (0, 1]. A reduction acts at the
-        *input* of its layer.
+        Pairs of a 0-indexed decoder layer (at least 1, strictly increasing) and a fraction in (0, 1]. A reduction acts
+        at the *input* of its layer.
 
     Raises
     ------
@@ -112,17 +112,6 @@ class Schedule:
             )
         return self
 
-    def vision_tokens_per_layer(self, vision_tokens: int, num_layers: int) -> list[int]:
-        """Vision tokens in each layer for one image of ``vision_tokens`` tokens (see :func:`adsc.plan` for a whole row)."""
-        self.validate(num_layers)
-        keeps = dict(self.reductions)
-        counts: list[int] = []
-        for layer in range(num_layers):
-            if layer in keeps:
-                vision_tokens = survivors(vision_tokens, keeps[layer])
-            counts.append(vision_tokens)
-        return counts
-
     def __iter__(self) -> Iterator[tuple[int, Fraction]]:
         return iter(self.reductions)
 
@@ -146,13 +135,13 @@ class Schedule:
     ) -> Schedule:
         """The schedule whose average number of vision tokens over all layers meets a budget.
 
-        All schedules with one keep fraction f throughout, k reductions at layers ≥ 1, and a number of vision tokens that falls at
-        every reduction are candidates. Those whose average over the layers is within 1 token of
+        Candidates are all schedules with one keep fraction f throughout and k reductions at layers ≥ 1, each of which
+        lowers the number of vision tokens. Those whose average over the layers is within 1 token of
         ``retained * vision_tokens`` are compared by, in this order:
 
         1. the latest first reduction;
-        2. the most even spacing: the smallest difference between the widest and the narrowest gap between neighbouring
-           reductions (one or two reductions are always even);
+        2. the most even spacing: the smallest difference between the widest and the narrowest gap between
+           neighbouring reductions (one or two reductions are always even);
         3. the smallest distance from the budget;
         4. the fewest reductions, then the largest f, then the later layers, read from the first on.
 
@@ -185,6 +174,7 @@ class Schedule:
             raise InputError(f"vision_tokens is {vision_tokens}; it must be at least 1")
         if stages is not None and not 1 <= stages < num_layers:
             raise InputError(f"stages is {stages}; over {num_layers} layers it can be 1 to {num_layers - 1}")
+        keeps: tuple[Fraction, ...]
         if keep is None:
             keeps = KEEPS
         elif isinstance(keep, (Fraction, int, float, str)):
@@ -204,15 +194,15 @@ def _for_budget(
     # budget when its sum is within num_layers of `target`.
     target = retained * vision_tokens * num_layers
     low, high = ceil(target - num_layers), floor(target + num_layers)
-    families = []
+    families: list[tuple[Fraction, tuple[int, ...]]] = []
     for keep in keeps:
-        counts = [vision_tokens]
-        for _ in range(stages or min(MAX_STAGES, num_layers - 1)):
-            counts.append(survivors(counts[-1], keep))
+        counts: tuple[int, ...] = (vision_tokens,)
+        for k in range(1, (stages or min(MAX_STAGES, num_layers - 1)) + 1):
+            counts += (survivors(counts[-1], keep),)
             if counts[-1] == counts[-2]:
                 break
-            if stages is None or len(counts) == stages + 1:
-                families.append((keep, tuple(counts)))
+            if stages in (None, k):
+                families.append((keep, counts))
 
     best: tuple[object, ...] | None = None
     schedule = None
@@ -234,10 +224,11 @@ def _for_budget(
     if schedule is None:
         nearest = _nearest_sum(families, num_layers, vision_tokens, target)
         average = Fraction(nearest, num_layers)
+        number = f" of {stages} reductions" if stages else ""
         raise InputError(
-            f"retained {retained} is {float(target / num_layers):.1f} of {vision_tokens} vision tokens on average, which no "
-            f"schedule{f' of {stages} reductions' if stages else ''} keeping {', '.join(map(str, keeps))} over {num_layers} "
-            f"layers reaches; the nearest is retained {float(average / vision_tokens):.4f} ({float(average):.1f} tokens)"
+            f"retained {retained} is {float(target / num_layers):.1f} of {vision_tokens} vision tokens on average; "
+            f"over {num_layers} layers no schedule{number} keeping {', '.join(map(str, keeps))} reaches it; "
+            f"the nearest is retained {float(average / vision_tokens):.4f} ({float(average):.1f} tokens)"
         )
     return schedule
 
@@ -249,7 +240,7 @@ def _solutions(
 
     ``counts[i]`` tokens are in stage i and the first reduction is at layer ``first``. The sum is linear in the gaps:
     a layer added to stage i in place of the last one costs ``counts[i] - counts[-1]``. Gaps are filled in one after
-    the other, dropping at once what can no longer end within bounds. Returns arrays of shape ``(s, k - 1)`` and ``(s,)``.
+    the other, dropping at once what can no longer end within bounds. Returns arrays of shape ``(s, k - 1)``, ``(s,)``.
     """
     last = counts[-1]
     extra = [count - last for count in counts[1:-1]]
