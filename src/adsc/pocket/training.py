@@ -1,0 +1,439 @@
+"""Train the model in the box as real multimodal LLMs are made: the decoder on text, the tower on patches, then both together.
+
+Trained whole from scratch, so small a model stands at the language prior for thousands of steps. In three stages it learns at once:
+
+1. ``decoder``: the decoder answers questions about scenes whose vision tokens are written out as *codes*, one fixed
+   orthonormal vector for each fact (row, column, colour, shape, size, character) that a patch holds. Sequences are
+   short, since most empty patches are left out.
+2. ``tower``: the CLIP tower with its projector learns to turn pixels into those same codes.
+3. ``join``: decoder, projector and tower are trained together on images and answers.
+
+Questions about one image share its vision tokens in one sequence: each question sees the image and itself, never
+another question, and stands at the positions it has when it is asked alone.
+
+    python -m adsc.pocket.training recipes/pocket.yaml --stage decoder
+
+Steps are seeded by their number, checkpoints are safetensors, and a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from adsc.pocket.building import ASSISTANT, BOS, END, IMAGE, PAD, USER, build_model, build_processor
+from adsc.pocket.questions import TASKS, questions
+from adsc.pocket.scenes import CHARACTERS, COLORS, GRID, PATCH_SIZE, SHAPES, SIZES, SPLIT_SEEDS, Scene, render, scene
+
+TOKENS = GRID * GRID
+PREFIX = 2 + TOKENS  # <s>, <|user|> and the image
+
+FACTS: dict[str, int] = {}
+"""Name of each fact a patch can hold, and its index in the codebook."""
+for _name in (
+    *(f"row {i}" for i in range(GRID)),
+    *(f"column {i}" for i in range(GRID)),
+    *COLORS,
+    *SHAPES,
+    *SIZES,
+    *(f"character {c}" for c in CHARACTERS),
+):
+    FACTS[_name] = len(FACTS)
+GROUPS = {"color": tuple(COLORS), "shape": SHAPES, "size": SIZES, "character": tuple(f"character {c}" for c in CHARACTERS)}
+
+
+def codebook(width: int) -> Tensor:
+    """One orthonormal code for each fact, (facts, width): fixed, so that decoder and tower can be trained apart."""
+    generator = torch.Generator().manual_seed(0)
+    q, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
+    return q[: len(FACTS)].contiguous()
+
+
+def facts(scene: Scene) -> Tensor:
+    """What each patch holds, (256, facts), ones and zeros: its place, the object or the character centred in it."""
+    held = torch.zeros(TOKENS, len(FACTS))
+    place = torch.arange(TOKENS)
+    held[place, place // GRID] = 1
+    held[place, GRID + place % GRID] = 1
+    for thing in scene.things:
+        patch = (thing.y // PATCH_SIZE) * GRID + thing.x // PATCH_SIZE
+        for fact in (thing.color, thing.shape, thing.size):
+            held[patch, FACTS[fact]] = 1
+    for sign in (scene.number, scene.word):
+        for character, (x, y) in zip(sign.text, sign.centers(), strict=True):
+            held[(y // PATCH_SIZE) * GRID + x // PATCH_SIZE, FACTS[f"character {character}"]] = 1
+    return held
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """(3, 128, 128), scaled as the image processor does it (tested)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+@dataclasses.dataclass
+class Recipe:
+    """One stage of the training; read from a YAML file."""
+
+    steps: int
+    batch: int
+    layers: int = 20
+    """Decoder layers; weights of half as many are grown on loading."""
+    questions: int = 16
+    learning_rate: float = 1e-3
+    decay: float = 0.25
+    """Share of the steps, at the end, over which the learning rate falls to zero."""
+    warmup: int = 100
+    vision_tokens: tuple[int, int] = (TOKENS, TOKENS)
+    """Fewest and most vision tokens a batch feeds the decoder: patches that hold something, and a random rest."""
+    full_from: float = 1.0
+    """Share of the steps after which all vision tokens are fed."""
+    code_loss: float = 0.0
+    """Weight of the tower's code loss beside the answers' (stage ``join``)."""
+    bf16: bool = True
+    workers: int = 0
+    evaluate_every: int = 200
+    minutes: float | None = None
+    """Stop (and decay) by the clock instead of by steps."""
+
+
+class Scenes(Dataset[dict[str, Any]]):
+    """Item i is scene ``first + i``: its facts, pixels and questions, a pure function of i."""
+
+    def __init__(self, first: int, count: int, tokenizer: PreTrainedTokenizerFast | None, per_scene: int, images: bool) -> None:
+        self.first, self.count, self.tokenizer, self.per_scene, self.images = first, count, tokenizer, per_scene, images
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        drawn = scene(self.first + i)
+        item: dict[str, Any] = {"facts": facts(drawn)}
+        if self.images:
+            item["pixels"] = pixels(render(drawn))
+        if self.tokenizer is not None:
+            asked = questions(drawn, self.per_scene)
+            item["tasks"] = [q.task for q in asked]
+            item["turns"] = [
+                (self.tokenizer(q.text)["input_ids"] + [ASSISTANT], self.tokenizer(q.answer)["input_ids"] + [END]) for q in asked
+            ]
+        return item
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack items; lay the questions of a row behind one another (``text``, ``labels``, ``segment``, ``position``: (rows, length))."""
+    batch: dict[str, Any] = {key: torch.stack([item[key] for item in items]) for key in ("facts", "pixels") if key in items[0]}
+    if "turns" not in items[0]:
+        return batch
+    length = max(sum(len(q) + len(a) for q, a in item["turns"]) for item in items)
+    length += -length % 32  # few different shapes: each new one costs a CPU its kernel choice again
+    text = torch.full((len(items), length), PAD)
+    labels, segment, position = torch.full_like(text, -100), torch.full_like(text, -1), torch.zeros_like(text)
+    for row, item in enumerate(items):
+        at = 0
+        for number, (question, answer) in enumerate(item["turns"], start=1):
+            end = at + len(question) + len(answer)
+            text[row, at:end] = torch.tensor(question + answer)
+            labels[row, at + len(question) : end] = torch.tensor(answer)
+            segment[row, at:end] = number
+            position[row, at:end] = torch.arange(PREFIX, PREFIX + end - at)
+            at = end
+    return {**batch, "text": text, "labels": labels, "segment": segment, "position": position, "tasks": [i["tasks"] for i in items]}
+
+
+def choose_tokens(held: Tensor, count: int, seed: int) -> Tensor:
+    """Indices (rows, count), sorted: the patches that hold something and a random rest of the empty ones."""
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.rand(held.shape[:2], generator=generator) + held[..., 2 * GRID :].sum(-1).cpu()
+    return score.topk(count, dim=1).indices.sort(dim=1).values.to(held.device)
+
+
+def answer_logits(
+    model: LlavaForConditionalGeneration, features: Tensor, batch: dict[str, Any], chosen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits (answer tokens, vocabulary) and their targets, over all questions of the batch.
+
+    ``features`` are the vision tokens (rows, n, width), ``chosen`` their patches (rows, n) where not all are there.
+    """
+    text, device = batch["text"], features.device
+    rows, count = features.shape[:2]
+    embed = model.get_input_embeddings()
+    head = embed(torch.tensor([[BOS, USER]], device=device)).expand(rows, -1, -1)
+    hidden = torch.cat([head.to(features.dtype), features, embed(text).to(features.dtype)], dim=1)
+    places = torch.arange(TOKENS, device=device).expand(rows, -1) if chosen is None else chosen
+    position = torch.cat([torch.arange(2, device=device).expand(rows, -1), places + 2, batch["position"]], dim=1)
+    segment = torch.cat([torch.zeros(rows, 2 + count, dtype=torch.long, device=device), batch["segment"]], dim=1)
+    length = segment.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    seen = causal & ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None]))
+    # Additive: at these sizes plain ("eager") attention trains faster on a CPU than the fused kernel.
+    mask = torch.zeros_like(seen, dtype=features.dtype).masked_fill(~seen, torch.finfo(features.dtype).min)[:, None]
+    output = model.model.language_model(
+        inputs_embeds=hidden, attention_mask=mask, position_ids=position, use_cache=False
+    ).last_hidden_state
+    wanted = batch["labels"] != -100
+    before = output[:, 1 + count : -1]  # the position before each text token predicts it
+    return model.lm_head(before[wanted]), batch["labels"][wanted]
+
+
+def code_loss(projected: Tensor, held: Tensor, codes: Tensor) -> Tensor:
+    """How far projected vision tokens (rows, 256, width) are from the codes of what their patches hold.
+
+    Mean square in code space, patches that hold something counted tenfold, and cross-entropy within each group of
+    facts over the patches that hold one of them.
+    """
+    weight = 1 + 9 * (held[..., 2 * GRID :].sum(-1) > 0).float()
+    loss = ((projected - held @ codes).square().sum(-1) * weight).mean()
+    scores = 8 * projected @ codes.T
+    for names in GROUPS.values():
+        index = torch.tensor([FACTS[n] for n in names], device=held.device)
+        there = held[..., index].sum(-1) > 0
+        if there.any():
+            loss = loss + 0.25 * F.cross_entropy(scores[..., index][there], held[..., index][there].argmax(-1))
+    return loss
+
+
+def see(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
+    """Projected vision tokens (rows, 256, width) of pixels (rows, 3, 128, 128)."""
+    hidden = model.model.vision_tower(images).last_hidden_state[:, 1:]
+    return model.model.multi_modal_projector(hidden)
+
+
+def grow(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Weights of a decoder twice as deep that computes the same: behind each layer a copy that adds nothing yet."""
+    pattern = re.compile(r"(.*language_model\.layers\.)(\d+)(\..*)")
+    depth = 1 + max((int(m[2]) for n in weights if (m := pattern.match(n))), default=layers - 1)
+    if depth == layers:
+        return weights
+    if 2 * depth != layers:
+        raise ValueError(f"weights of {depth} decoder layers cannot grow to {layers}; only to {2 * depth}")
+    grown: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if match := pattern.match(name):
+            adds = match[3] in (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
+            grown[f"{match[1]}{2 * int(match[2])}{match[3]}"] = value
+            grown[f"{match[1]}{2 * int(match[2]) + 1}{match[3]}"] = torch.zeros_like(value) if adds else value.clone()
+        else:
+            grown[name] = value
+    return grown
+
+
+class Optimizer:
+    """Muon for the matrices inside the layers, AdamW for the rest; one learning rate for both."""
+
+    def __init__(self, modules: list[nn.Module], recipe: Recipe) -> None:
+        named = [(n, p) for m in modules for n, p in m.named_parameters()]
+        inner = [p for n, p in named if p.ndim == 2 and ".layers." in f".{n}"]
+        outer = [p for n, p in named if not (p.ndim == 2 and ".layers." in f".{n}")]
+        self.recipe, self.parameters = recipe, inner + outer
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(inner, lr=recipe.learning_rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(outer, lr=recipe.learning_rate, weight_decay=0.0, betas=(0.9, 0.98)),
+        ]
+
+    def step(self, step: int, progress: float) -> None:
+        recipe = self.recipe
+        rate = recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup, (1 - progress) / recipe.decay if recipe.decay else 1.0)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{i}.{index}.{key}": value.contiguous()
+            for i, part in enumerate(self.parts)
+            for index, state in part.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for i, part in enumerate(self.parts):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, value in tensors.items():
+                number, index, key = name.split(".", 2)
+                if int(number) == i:
+                    state.setdefault(int(index), {})[key] = value
+            part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+
+
+def write_json(path: Path, value: Any) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial)
+    os.replace(partial, path)
+
+
+@torch.no_grad()
+def validate(
+    model: LlavaForConditionalGeneration, data: DataLoader[Any], stage: str, codes: Tensor, device: torch.device, tokens: int
+) -> dict[str, float]:
+    """Validation figures: accuracy of each task and overall, or of each group of facts for the tower."""
+    right: dict[str, list[bool]] = {}
+    model.eval()
+    for batch in data:
+        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if stage == "tower":
+            scores = see(model, batch["pixels"]) @ codes.T
+            for group, names in GROUPS.items():
+                index = torch.tensor([FACTS[n] for n in names], device=device)
+                there = batch["facts"][..., index].sum(-1) > 0
+                found = scores[..., index][there].argmax(-1) == batch["facts"][..., index][there].argmax(-1)
+                right.setdefault(group, []).extend(found.tolist())
+                right.setdefault(f"{group} present", []).extend(((scores[..., index].amax(-1) > 0.5) == there)[there].tolist())
+            continue
+        features = see(model, batch["pixels"]) if stage == "join" else batch["facts"] @ codes
+        chosen = None
+        if stage == "decoder":
+            chosen = choose_tokens(batch["facts"], tokens, seed=0)
+            features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1]))
+        logits, targets = answer_logits(model, features, batch, chosen)
+        hits = torch.full_like(batch["labels"], 1, dtype=torch.bool)
+        hits[batch["labels"] != -100] = logits.argmax(-1) == targets
+        for row, tasks in enumerate(batch["tasks"]):
+            for number, task in enumerate(tasks, start=1):
+                right.setdefault(task, []).append(bool(hits[row][batch["segment"][row] == number].all()))
+    model.train()
+    figures = {name: sum(r) / len(r) for name, r in sorted(right.items())}
+    if stage != "tower":
+        figures["overall"] = sum(map(sum, right.values())) / sum(map(len, right.values()))
+    return figures
+
+
+def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: int = 0, device: str = "cpu") -> None:
+    """Run one stage in ``folder`` (resuming what is there), beginning from the weights in ``starts``."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    folder.mkdir(parents=True, exist_ok=True)
+    where = torch.device(device)
+    tokenizer = build_processor().tokenizer
+    model = build_model(len(tokenizer), seed, num_hidden_layers=recipe.layers)
+    model.set_attn_implementation("eager")
+    for start in starts:
+        model.load_state_dict(grow(load_file(start), recipe.layers), strict=False)
+    model.to(where).train()
+    codes = codebook(model.config.text_config.hidden_size).to(where)
+    decoder: list[nn.Module] = [model.model.language_model, model.lm_head]
+    tower: list[nn.Module] = [model.model.vision_tower, model.model.multi_modal_projector]
+    modules = {"decoder": decoder, "tower": tower, "join": decoder + tower}[stage]
+    optimizer = Optimizer(modules, recipe)
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "curve": []}
+    weights, moments, progress_file = folder / "model.safetensors", folder / "optimizer.safetensors", folder / "state.json"
+    if progress_file.exists():
+        state = json.loads(progress_file.read_text())
+        model.load_state_dict(load_file(weights, device=device), strict=False)
+        optimizer.load(load_file(moments, device=device))
+
+    def save() -> None:
+        owned = {id(p) for m in modules for p in m.parameters()}
+        write_tensors(weights, {n: p.detach().contiguous() for n, p in model.named_parameters() if id(p) in owned})
+        write_tensors(moments, optimizer.tensors())
+        write_json(progress_file, state)
+
+    asks, images = stage != "tower", stage != "decoder"
+    first = SPLIT_SEEDS["train"] + {"decoder": 0, "tower": 5_000_000, "join": 10_000_000}[stage] + seed * 50_000_000
+    data = Scenes(first + state["step"] * recipe.batch, 1_000_000_000, tokenizer if asks else None, recipe.questions, images)
+    batches: Iterator[dict[str, Any]] = iter(
+        DataLoader(data, recipe.batch, collate_fn=collate, num_workers=recipe.workers, persistent_workers=recipe.workers > 0)
+    )
+    held_out = Scenes(SPLIT_SEEDS["validation"], 128, tokenizer if asks else None, recipe.questions, images)
+    validation: DataLoader[Any] = DataLoader(held_out, 32, collate_fn=collate)
+    begun, saved, losses = time.monotonic() - state["seconds"], time.monotonic(), list[float]()
+    columns = (TextColumn(stage), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns) as bar:
+        line = bar.add_task("", total=recipe.steps, completed=state["step"])
+        try:
+            while state["step"] < recipe.steps:
+                step = state["step"]
+                done = step / recipe.steps
+                if recipe.minutes is not None:
+                    done = max(done, (time.monotonic() - begun) / 60 / recipe.minutes)
+                    if done >= 1:
+                        break
+                batch = {k: v.to(where) if isinstance(v, Tensor) else v for k, v in next(batches).items()}
+                with torch.autocast(where.type, dtype=torch.bfloat16, enabled=recipe.bf16):
+                    loss = torch.zeros((), device=where)
+                    features = see(model, batch["pixels"]) if images else batch["facts"] @ codes
+                    if images and (stage == "tower" or recipe.code_loss):
+                        with torch.autocast(where.type, enabled=False):
+                            part = code_loss(features.float(), batch["facts"], codes)
+                        loss = loss + part * (1.0 if stage == "tower" else recipe.code_loss)
+                    if asks:
+                        count = TOKENS if done >= recipe.full_from else 16 * round(random.Random(step).uniform(*recipe.vision_tokens) / 16)
+                        chosen = None
+                        if count < TOKENS:
+                            chosen = choose_tokens(batch["facts"], count, seed=step)
+                            features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1]))
+                        logits, targets = answer_logits(model, features, batch, chosen)
+                        answers = F.cross_entropy(logits.float(), targets)
+                        loss = loss + answers
+                if not math.isfinite(loss.item()):
+                    raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower learning_rate in the recipe")
+                loss.backward()
+                optimizer.step(step, done)
+                losses.append((answers if asks else loss).item())
+                state["step"], state["seconds"] = step + 1, time.monotonic() - begun
+                bar.update(line, completed=step + 1, description=f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
+                if (step + 1) % recipe.evaluate_every == 0:
+                    figures = validate(model, validation, stage, codes, where, max(recipe.vision_tokens))
+                    mean = sum(losses) / len(losses)
+                    losses.clear()
+                    state["curve"].append({"step": step + 1, "seconds": round(state["seconds"]), "loss": round(mean, 4)} | figures)
+                    bar.console.print(f"{stage} {step + 1} loss {mean:.3f} " + " ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+                if time.monotonic() - saved > 120:
+                    save()
+                    saved = time.monotonic()
+        finally:
+            save()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--stage", choices=("decoder", "tower", "join"), action="append", help="default: all three, in order")
+    parser.add_argument("--folder", type=Path, default=Path("runs/pocket"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    signal.signal(signal.SIGTERM, _interrupt)  # a polite kill saves a checkpoint, as Ctrl-C does
+    recipes = yaml.safe_load(arguments.recipe.read_text())
+    for stage in arguments.stage or ("decoder", "tower", "join"):
+        starts = [arguments.folder / s / "model.safetensors" for s in ("decoder", "tower")] if stage == "join" else []
+        train(stage, Recipe(**recipes[stage]), arguments.folder / stage, starts, arguments.seed, arguments.device)
+
+
+if __name__ == "__main__":
+    main()
