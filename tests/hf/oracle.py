@@ -77,7 +77,7 @@ def masked_dense(model, inputs: dict, kept: Kept, axes: int | None = None) -> to
 
 def difference(a: torch.Tensor, b: torch.Tensor, places: list[list[int]]) -> float:
     """Largest difference of logits at the given positions of each row."""
-    return max(float((a[row, at] - b[row, at]).abs().max()) for row, at in enumerate(places))
+    return float(torch.cat([(a[row, at] - b[row, at]).flatten() for row, at in enumerate(places)]).abs().max())
 
 
 def shifted(kept: Kept, batch: Batch) -> Kept:

@@ -22,7 +22,7 @@ TEXT = dict(
     num_key_value_heads=2,
     max_position_embeddings=512,
     # Wide weights: attention must matter, and greedy decoding must not repeat itself.
-    initializer_range=0.12,
+    initializer_range=0.1,
     tie_word_embeddings=False,
     bos_token_id=None,
     eos_token_id=None,
@@ -57,6 +57,10 @@ class Tiny:
         Three images of different size, where the family has sizes.
     grids
         Whether its tokens lie on a grid.
+    axes
+        Axes of its rotary positions.
+    markers
+        Text tokens that the processor puts around an image.
     """
 
     build: Callable[[], torch.nn.Module]
@@ -65,6 +69,7 @@ class Tiny:
     images: tuple[Image, Image, Image] = (Image(), Image(), Image())
     grids: bool = True
     axes: int = 1
+    markers: tuple[list[int], list[int]] = ([], [])
 
 
 def clip(image_size: int, patch_size: int) -> CLIPVisionConfig:
@@ -162,6 +167,7 @@ TINY = {
         qwen_pixels,
         (Image(4, 6), Image(3, 3), Image(5, 4)),
         axes=3,
+        markers=([VISION_START], [VISION_END]),
     ),
 }
 
@@ -212,10 +218,11 @@ def batch(
             if isinstance(item, int):
                 tokens += torch.randint(1, IMAGE, (item,), generator=generator).tolist()
                 continue
+            tokens += tiny.markers[0]
             lengths = tiny.tokens(item)
             ends = list(accumulate(lengths, initial=len(tokens)))
             spans[-1] += list(zip(ends, ends[1:], strict=False))
-            tokens += [IMAGE if item.frames == 1 else VIDEO] * sum(lengths)
+            tokens += [IMAGE if item.frames == 1 else VIDEO] * sum(lengths) + tiny.markers[1]
         ids.append(tokens)
     longest = max(map(len, ids))
     padding = [longest - len(row) for row in ids]
@@ -235,3 +242,38 @@ def batch(
     if family == "qwen2_5_vl":
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int() + 2 * (inputs["input_ids"] == VIDEO).int()
     return Batch(inputs, spans, real)
+
+
+# Every shape of batch: rows, side of the padding, and whether an attention mask is given.
+CASES = {
+    "single": (lambda a, b, c, text: [[4, a, 6]], "left", True),
+    "no_mask": (lambda a, b, c, text: [[4, a, 6]], "left", False),
+    "several_images": (lambda a, b, c, text: [[3, a, b, 2, c, 5]], "left", True),
+    "left_padding": (lambda a, b, c, text: [[3, a, 5], [4, b, 2, c, 3], [9]], "left", True),
+    "right_padding": (lambda a, b, c, text: [[3, a, 5], [4, b, 2, c, 3], [9]], "right", True),
+    # Rows of equal length that keep different counts: the model sees no padding, its reduced stages do.
+    "text_beside_image": (lambda a, b, c, text: [[3, a, 4], [text + 7]], "left", False),
+}
+
+
+def case(family: str, name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Batch:
+    """One of :data:`CASES` for a family."""
+    tiny = TINY[family]
+    rows, side, mask = CASES[name]
+    length = sum(tiny.tokens(tiny.images[0])) + len(tiny.markers[0] + tiny.markers[1])
+    return batch(family, rows(*tiny.images, length), dtype, side, seed, mask)
+
+
+def one_row(family: str, made: Batch, row: int, first: int, last: int) -> dict[str, torch.Tensor]:
+    """One row of a batch on its own, without padding; its images are those from ``first`` to ``last``."""
+    inputs = {}
+    for name, value in made.inputs.items():
+        if name in ("input_ids", "mm_token_type_ids"):
+            inputs[name] = value[row : row + 1, made.real[row]]
+        elif name == "pixel_values" and family == "qwen2_5_vl":
+            patches = made.inputs["image_grid_thw"].prod(1).tolist()
+            inputs[name] = value[sum(patches[:first]) : sum(patches[:last])]
+        elif name != "attention_mask":
+            inputs[name] = value[first:last]
+    text = ("input_ids", "mm_token_type_ids")
+    return inputs if last > first else {name: value for name, value in inputs.items() if name in text}

@@ -1,0 +1,125 @@
+"""A reduced forward pass equals a dense one that masks what was dropped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import adsc
+
+from .oracle import TOLERANCE, attention, difference, kept_positions, masked_dense, shifted
+from .tiny import CASES, SCHEDULE, TINY, Image, batch, case, model, one_row
+
+FAMILIES = list(TINY)
+DTYPES = [torch.float32, torch.float64]
+
+
+def check(family, made, dtype, implementation="sdpa", schedule=SCHEDULE, grids=None, **options):
+    """Reduced equals masked dense at every kept position, and dense is far from both."""
+    network = model(family, dtype)
+    pattern, compact = options.get("pattern", "last"), options.get("positions") == "compact"
+    kept = kept_positions(made, schedule, pattern, grids)
+    expected = masked_dense(network, made.inputs, kept, TINY[family].axes if compact else None)
+    config = adsc.ADSCConfig(adsc.Schedule.parse(schedule), **options)
+    with attention(network, implementation), torch.no_grad():
+        dense = network(**made.inputs).logits
+        with adsc.compress(network, config):
+            reduced = network(**made.inputs).logits
+    assert reduced.shape == dense.shape
+    assert difference(reduced, expected, kept[-1]) <= TOLERANCE[dtype]
+    with_images = [places if spans else [] for places, spans in zip(kept[-1], made.spans, strict=True)]
+    assert difference(dense, expected, with_images) >= 100 * TOLERANCE[dtype]
+    return reduced, kept
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reduced_equals_masked_dense(family, implementation, dtype, name):
+    if (implementation, dtype, name) == ("eager", torch.float64, "left_padding"):
+        with torch.no_grad(), attention(model(family, dtype), "eager") as network:
+            assert network(**case(family, name, dtype).inputs).logits.isnan().any()  # dense has no answer either
+        return
+    check(family, case(family, name, dtype), dtype, implementation)
+
+
+@pytest.mark.parametrize("name", ["single", "left_padding", "text_beside_image"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compact_positions(family, name):
+    check(family, case(family, name), torch.float32, positions="compact")
+
+
+@pytest.mark.parametrize("pattern", ["first", "random"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patterns(family, pattern):
+    check(family, case(family, "several_images"), torch.float32, pattern=pattern)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if TINY[family].grids])
+def test_grid_pattern_gets_its_grids(family):
+    grids = [(5, 5)] * 3 if family == "llava" else [(i.height, i.width) for i in TINY[family].images]
+    check(family, case(family, "several_images"), torch.float32, pattern="grid", grids=grids)
+
+
+def test_grid_pattern_without_grids_is_an_error():
+    network = model("llava_next")
+    config = adsc.ADSCConfig(adsc.Schedule.parse(SCHEDULE), pattern="grid")
+    with adsc.compress(network, config), pytest.raises(adsc.InputError, match="needs the grid"):
+        network(**case("llava_next", "single").inputs)
+
+
+def test_every_frame_of_a_video_is_a_span():
+    video = batch("qwen2_5_vl", [[3, Image(2, 4, frames=3), 4, Image(3, 3), 2]])
+    assert len(video.spans[0]) == 4
+    check("qwen2_5_vl", video, torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_schedule_that_begins_late_and_one_that_drops_almost_all(family):
+    check(family, case(family, "left_padding"), torch.float32, schedule="5:1/2")
+    check(family, case(family, "left_padding"), torch.float32, schedule="1:1/100")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shifting_one_kept_index_fails_the_oracle(family, implementation):
+    made, network = case(family, "left_padding"), model(family)
+    kept = shifted(kept_positions(made), made)
+    expected = masked_dense(network, made.inputs, kept)
+    with attention(network, implementation), torch.no_grad(), adsc.compress(network, SCHEDULE):
+        reduced = network(**made.inputs).logits
+    common = [sorted(set(a) & set(b)) for a, b in zip(kept[-1], kept_positions(made)[-1], strict=True)]
+    assert difference(reduced, expected, common) >= 100 * TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_length_outside_with_zeros_where_dropped(family):
+    made, network = case(family, "right_padding"), model(family)
+    kept = kept_positions(made)[-1]
+    with torch.no_grad(), adsc.compress(network, SCHEDULE):
+        hidden = network.model(**made.inputs).last_hidden_state  # the base model, as fused losses call it
+        logits = network(**made.inputs).logits
+    assert torch.equal(network.lm_head(hidden), logits)
+    for row, places in enumerate(kept):
+        dropped = torch.ones(hidden.shape[1], dtype=torch.bool)
+        dropped[places] = False
+        assert (hidden[row, dropped] == 0).all()
+        assert (hidden[row, places] != 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_equals_one_by_one(family):
+    network, made = model(family), case(family, "left_padding")
+    images = [0, 1, 3, 3]  # the rows hold images 0; 1 and 2; none
+    with torch.no_grad(), adsc.compress(network, SCHEDULE) as handle:
+        together = network(**made.inputs).logits
+        plans = handle.last_plans
+        for row, places in enumerate(made.real):
+            alone = one_row(family, made, row, images[row], images[row + 1])
+            logits = network(**alone).logits
+            assert difference(together[row : row + 1, places], logits, [range(len(places))]) <= 1e-5
+            if made.spans[row]:
+                assert handle.last_plans[0].layout == plans[row].layout
+                assert [(span[0], span[-1] + 1) for span in plans[row].layout.spans] == made.spans[row]
+        assert handle.last_plans == []  # the latest prefill was text alone
