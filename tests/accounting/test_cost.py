@@ -145,6 +145,10 @@ def test_tiles() -> None:
     assert five.vision_encoder == 5 * one.vision_encoder
     assert five.projector == 5 * one.projector
     assert cost(LLAVA_NEXT, 1500, 20, tiles=3).dense.prefill.vision_encoder == 3 * one.vision_encoder
+    # Each of the 48 rows of patches of 2 × 2 tiles may end in a newline token.
+    assert cost(LLAVA_NEXT, 2880 + 48, 20).dense.prefill.vision_encoder == 5 * one.vision_encoder
+    with pytest.raises(InputError, match="5 tiles of 576 cannot give 2929"):
+        cost(LLAVA_NEXT, 2880 + 49, 20)
     with pytest.raises(InputError, match=r"give tiles, of \[3, 4, 5\]"):
         cost(LLAVA_NEXT, 1500, 20)
     with pytest.raises(InputError, match="3 tiles of 576 cannot give 2880"):

@@ -112,6 +112,17 @@ def test_golden_with_keep_and_stages(retained: str, keep: str, stages: int | Non
     assert str(Schedule.for_budget(32, retained, keep=keep, stages=stages)) == text
 
 
+@pytest.mark.parametrize(
+    ("num_layers", "tokens", "retained", "text"),
+    [
+        (4, 24, "1/2", "1:1/3"),  # as near as 1:1/2,2:1/2, with fewer reductions
+        (3, 4, "1/2", "2:1/3"),  # as near as 2:1/4, with the larger fraction
+    ],
+)
+def test_ties(num_layers: int, tokens: int, retained: str, text: str) -> None:
+    assert str(Schedule.for_budget(num_layers, retained, tokens)) == text
+
+
 def test_forms_of_a_budget_agree() -> None:
     expected = Schedule.for_budget(32, Fraction(1, 3))
     assert Schedule.for_budget(32, "1/3") == Schedule.for_budget(32, 1 / 3) == expected
