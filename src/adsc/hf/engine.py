@@ -26,7 +26,7 @@ from ..errors import InputError, UnsupportedModelError
 from ..methods import Method, as_method
 from ..planning import Plan
 from ..schedule import Ratio, Schedule
-from .families import Ints, family_of, has_vision, layouts, real_positions
+from .families import Ints, check_text, family_of, has_vision, layouts, real_positions
 from .views import Call, Memory, build
 
 KEYWORD = "adsc"  # under which a call travels from the decoder to its layers
@@ -64,8 +64,8 @@ class Handle:
     def __init__(self, model: PreTrainedModel, method: Method) -> None:
         self.model = model
         self._base = model.base_model
-        self._decoder = _decoder(self._base)
         self._family = family_of(model.config)
+        self._decoder = _decoder(self._base)
         self.num_layers = len(self._decoder.layers)
         self._check(method)
         self._method = method
@@ -142,22 +142,22 @@ class Handle:
         return (), inputs
 
     def _unpredicted(self, inputs: dict[str, Any]) -> Tensor:
-        """``(batch, tokens)``: vision tokens, and what follows one that may be dropped."""
+        """``(batch, tokens)``: labels of vision tokens and padding, and labels after a token that may be dropped."""
         batch, tokens = _shape(inputs)
         real = real_positions(inputs.get("attention_mask"), batch, tokens)
-        ignored = np.zeros((batch, tokens), dtype=bool)
+        ignored = np.ones((batch, tokens), dtype=bool)
+        silent = np.ones((batch, tokens), dtype=bool)
         for row, layout in enumerate(layouts(self._family, self.model.config, inputs, real)):
+            ignored[row, real[row][layout.text]] = silent[row, real[row]] = False
             for span in layout.spans:
-                followers = span[:-1] + 1 if self.method.keeps_last_token else span + 1
-                ignored[row, real[row][span]] = True
-                ignored[row, real[row][followers[followers < layout.length]]] = True
+                silent[row, real[row][span[:-1] if self.method.keeps_last_token else span]] = True
+        ignored[:, 1:] |= silent[:, :-1]
         return torch.from_numpy(ignored)
 
     def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Base model: ids and images are seen here, so this is where calls are planned."""
         inputs, method = _named(module, args, kwargs), self.method
-        cache = inputs.get("past_key_values")
-        embeds = inputs.get("inputs_embeds")
+        cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
         if not method.reduces:
             self._thread.plans = []
         elif has_vision(self._family, inputs):
@@ -169,10 +169,13 @@ class Handle:
             ]
             self._check_call(cache)
             self._thread.plans, self._thread.planned = plans, (plans, real)
-        elif embeds is not None and (cache is None or cache.get_seq_length() == 0):
-            raise InputError("inputs_embeds may hide vision tokens; pass input_ids and pixel_values instead")
-        elif embeds is None and inputs["input_ids"].shape[1] > 1 and not hasattr(cache, MEMORY):
-            self._thread.plans = []
+        elif ids is None:
+            if inputs.get("inputs_embeds") is not None and (cache is None or cache.get_seq_length() == 0):
+                raise InputError("inputs_embeds may hide vision tokens; pass input_ids and pixel_values instead")
+        elif ids.shape[1] > 1:
+            check_text(self._family, self.model.config, ids)
+            if not hasattr(cache, MEMORY):  # a prompt of text alone, not candidates of assisted decoding
+                self._thread.plans = []
 
     def _leave_base(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self._thread.planned = None  # also after an error before the decoder

@@ -167,6 +167,13 @@ def has_vision(family: Family, inputs: Inputs) -> bool:
     return any(_features(kind, inputs) is not None for kind in family.modalities)
 
 
+def check_text(family: Family, config: PreTrainedConfig, ids: torch.Tensor) -> None:
+    """Refuse placeholders without features: the model would read them as words."""
+    for kind in family.modalities:
+        if (ids == getattr(config, kind.token)).any():
+            raise InputError(f"the prompt holds placeholders ({kind.token}) but no {kind.pixels} came with it")
+
+
 def _features(kind: Modality, inputs: Inputs) -> Any:
     encoded = (inputs.get("mm_encoder_outputs") or {}).get(kind.encoded)
     if encoded is None and inputs.get(kind.pixels) is not None:

@@ -1,0 +1,237 @@
+"""Decoding on a reduced cache equals recomputing from scratch, and the memory is really gone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from transformers import DynamicCache
+
+import adsc
+
+from .oracle import attention, kept_positions, masked_dense
+from .tiny import LAYERS, SCHEDULE, TINY, Batch, batch, case, model
+
+FAMILIES = list(TINY)
+OLD = Version(transformers.__version__) < Version("5.20")
+STEPS = 10
+# A tiny random model would say the same word again and again.
+GREEDY = dict(max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, no_repeat_ngram_size=1)
+
+
+def grown(made: Batch, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The inputs with tokens fed back, ``(batch, n)``."""
+    inputs, n = dict(made.inputs), tokens.shape[1]
+    inputs["input_ids"] = torch.cat((inputs["input_ids"], tokens), 1)
+    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        if name in inputs:
+            inputs[name] = torch.nn.functional.pad(inputs[name], (0, n), value=value)
+    return inputs
+
+
+def longer(kept, start: int, stop: int):
+    return [[[*row, *range(start, stop)] for row in layer] for layer in kept]
+
+
+def recomputed(network, made: Batch, axes: int | None = None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Greedy tokens and their logits, each from a masked dense forward pass with the plan of the prompt."""
+    kept, length = kept_positions(made), made.inputs["input_ids"].shape[1]
+    tokens, logits = torch.empty(len(made.spans), 0, dtype=torch.long), []
+    for step in range(STEPS):
+        inputs = grown(made, tokens)
+        logits.append(masked_dense(network, inputs, longer(kept, length, length + step), axes)[:, -1])
+        allowed = logits[-1].scatter(1, inputs["input_ids"], -torch.inf)  # what no_repeat_ngram_size=1 does
+        tokens = torch.cat((tokens, allowed.argmax(-1, keepdim=True)), 1)
+    return tokens, logits
+
+
+def storage_tokens(cache: DynamicCache) -> list[int]:
+    """Entries per row that each layer pays for, by the size of its storage."""
+    held = []
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            batch_size, heads, _, width = tensor.shape
+            entry = batch_size * heads * width * tensor.element_size()
+            assert tensor.untyped_storage().nbytes() % entry == 0
+            held.append(tensor.untyped_storage().nbytes() // entry)
+    assert held[::2] == held[1::2]
+    return held[::2]
+
+
+def longest(kept) -> list[int]:
+    return [max(map(len, layer)) for layer in kept]
+
+
+@pytest.mark.parametrize("name", ["single", "left_padding"])
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_decoding_equals_recomputing(family, implementation, positions, name):
+    network, made = model(family), case(family, name)
+    compact = positions == "compact"
+    expected, logits = recomputed(network, made, TINY[family].axes if compact else None)
+    assert len(expected[0].unique()) >= 8
+    config = adsc.ADSCConfig(adsc.Schedule.parse(SCHEDULE), positions=positions)
+    with attention(network, implementation), adsc.compress(network, config) as handle:
+        out = network.generate(**made.inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+        plans = handle.last_plans
+    length = made.inputs["input_ids"].shape[1]
+    assert torch.equal(out.sequences[:, length:], expected)
+    assert max((a - b).abs().max() for a, b in zip(out.logits, logits, strict=True)) <= 1e-5
+    # Layer 0 keeps its padding; reduced stages hold the longest row. The last token is not fed back.
+    counts = [max(plan.tokens_per_layer()[layer] for plan in plans) for layer in range(LAYERS)]
+    assert counts == longest(kept_positions(made))
+    assert storage_tokens(out.past_key_values) == [length + STEPS - 1, *(n + STEPS - 1 for n in counts[1:])]
+
+
+MODES = {
+    "greedy": dict(do_sample=False),
+    "sampled": dict(do_sample=True, temperature=2.0),
+    "beams": dict(num_beams=3, do_sample=False),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_cache_equals_with_it(family, mode):
+    network, images = model(family), TINY[family].images
+    rows = [[3, images[0], 5], [4, images[1], 2, images[2], 3], [9]]
+    if mode == "beams" and OLD:  # it mixes up the images of rows with several of them, dense or not
+        rows = [[3, images[0], 5], [4, images[1], 3]]
+    made = batch(family, rows)
+    outputs = []
+    with adsc.compress(network, SCHEDULE):
+        for use_cache in (True, False):
+            torch.manual_seed(0)
+            outputs.append(network.generate(**made.inputs, **(GREEDY | MODES[mode]), use_cache=use_cache))
+    assert torch.equal(*outputs)
+
+
+def test_several_samples_of_one_prompt():
+    network, made = model("qwen2_5_vl"), case("qwen2_5_vl", "several_images")
+    with adsc.compress(network, SCHEDULE):
+        torch.manual_seed(0)
+        options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=True)
+        out = network.generate(**made.inputs, **options, num_return_sequences=3)
+    assert len({tuple(row) for row in out.tolist()}) == 3
+
+
+def second_turn(family: str, first: Batch, items: list) -> tuple[Batch, dict]:
+    """A second turn on its own, and both turns in one batch of inputs."""
+    turn = batch(family, [items], seed=7)
+    whole = {}
+    for name in first.inputs | turn.inputs:
+        parts = [made.inputs[name] for made in (first, turn) if name in made.inputs]
+        whole[name] = torch.cat(parts, 1 if name in ("input_ids", "attention_mask", "mm_token_type_ids") else 0)
+    return turn, whole
+
+
+def mrope(network, whole: dict) -> torch.Tensor:
+    """The 3-D positions of a conversation: what a serving loop that feeds turn by turn passes along."""
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    return network.model.get_rope_index(**{name: whole[name] for name in names})[0]
+
+
+@pytest.mark.parametrize("new_image", [False, True], ids=["text", "new_image"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_turns_on_one_cache(family, implementation, new_image):
+    network, tiny = model(family), TINY[family]
+    first = batch(family, [[4, tiny.images[0], 6]])
+    turn, whole = second_turn(family, first, [3, tiny.images[2], 5] if new_image else [5])
+    past, new = (made.inputs["input_ids"].shape[1] for made in (first, turn))
+    kept_first = kept_positions(first)
+    kept = [
+        [a[0] + [past + place for place in b[0]]] for a, b in zip(kept_first, kept_positions(turn), strict=True)
+    ]
+    expected = masked_dense(network, whole, kept)
+    positions = mrope(network, whole) if family == "qwen2_5_vl" else None
+    both = dict(turn.inputs, attention_mask=whole["attention_mask"])
+    cache = DynamicCache(config=network.config.get_text_config())
+    with attention(network, implementation), torch.no_grad(), adsc.compress(network, SCHEDULE) as handle:
+        given = {} if positions is None else {"position_ids": positions[..., :past]}
+        network(**first.inputs, **given, past_key_values=cache, use_cache=True)
+        before = [layer.keys.clone() for layer in cache.layers]
+        first_plans = handle.last_plans
+        given = {} if positions is None else {"position_ids": positions[..., past:]}
+        logits = network(**both, **given, past_key_values=cache, use_cache=True).logits
+        assert (handle.last_plans is not first_plans) == new_image
+    seen = [place - past for place in kept[-1][0] if place >= past]
+    assert (logits[0, seen] - expected[0, kept[-1][0]][-len(seen) :]).abs().max() <= 1e-5
+    assert [layer.keys.shape[-2] for layer in cache.layers] == longest(kept) == storage_tokens(cache)
+    for layer, was in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys[..., : was.shape[-2], :], was)
+
+
+def test_a_chat_by_generate_with_an_image_in_each_turn():
+    network, tiny = model("llava"), TINY["llava"]
+    first = batch("llava", [[4, tiny.images[0], 6]])
+    options = dict(GREEDY, return_dict_in_generate=True)
+    with adsc.compress(network, SCHEDULE):
+        answer = network.generate(**first.inputs, **options)
+        turn = batch("llava", [[3, tiny.images[0], 5]], seed=7)
+        ids = torch.cat((answer.sequences, turn.inputs["input_ids"]), 1)
+        second = network.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=turn.inputs["pixel_values"],
+            past_key_values=answer.past_key_values,
+            **options,
+        )
+        # The same conversation in one prompt: kept tokens depend on their image alone.
+        pixels = torch.cat((first.inputs["pixel_values"], turn.inputs["pixel_values"]))
+        whole = network.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, **options)
+    assert torch.equal(second.sequences, whole.sequences)
+    assert storage_tokens(second.past_key_values) == storage_tokens(whole.past_key_values)
+
+
+def test_another_budget_in_the_second_turn_leaves_the_first_as_it_was():
+    network, tiny = model("llava"), TINY["llava"]
+    first, turn = batch("llava", [[4, tiny.images[0], 6]]), batch("llava", [[3, tiny.images[0], 5]], seed=7)
+    cache = DynamicCache(config=network.config.get_text_config())
+    with torch.no_grad(), adsc.compress(network, SCHEDULE) as handle:
+        network(**first.inputs, past_key_values=cache)
+        with handle.budget(1):
+            inputs = {name: turn.inputs[name] for name in ("input_ids", "pixel_values")}
+            logits = network(**inputs, past_key_values=cache).logits
+    past, new = (made.inputs["input_ids"].shape[1] for made in (first, turn))
+    kept = [[row + list(range(past, past + new)) for row in layer] for layer in kept_positions(first)]
+    _, whole = second_turn("llava", first, [3, tiny.images[0], 5])
+    assert (masked_dense(network, whole, kept)[0, past:] - logits[0]).abs().max() <= 1e-5
+    assert storage_tokens(cache) == longest(kept)
+
+
+def test_a_cache_is_copied_and_cropped():
+    network, made = model("llava"), case("llava", "single")
+    token = torch.tensor([[5]])
+    with torch.no_grad(), adsc.compress(network, SCHEDULE):
+        cache = network(**made.inputs).past_key_values
+        logits = network(input_ids=token, past_key_values=copy.deepcopy(cache)).logits
+        copied = copy.deepcopy(cache)
+        network(input_ids=torch.tensor([[7, 8, 9]]), past_key_values=copied)
+        copied.crop(-3)  # as assisted decoding does with rejected candidates
+        assert torch.equal(network(input_ids=token, past_key_values=copied).logits, logits)
+        cropped = copy.deepcopy(cache)
+        cropped.crop(-20)
+        with pytest.raises(adsc.InputError, match="cropped"):
+            network(input_ids=token, past_key_values=cropped)
+        with pytest.raises(adsc.InputError, match="1 rows"):
+            network(input_ids=token.expand(2, 1), past_key_values=cache)
+
+
+@pytest.mark.skipif(OLD, reason="reset() leaves the cache at its length in this version")
+def test_a_cache_that_was_reset_starts_anew():
+    network, made = model("llava"), case("llava", "single")
+    token = torch.tensor([[5]])
+    with torch.no_grad(), adsc.compress(network, SCHEDULE):
+        cache = network(**made.inputs).past_key_values
+        cache.reset()
+        text = network(input_ids=torch.arange(1, 9)[None], past_key_values=cache).logits
+        follow = network(input_ids=token, past_key_values=cache).logits
+    with torch.no_grad():
+        dense = network(input_ids=torch.arange(1, 9)[None])
+        assert torch.equal(text, dense.logits)
+        assert torch.equal(follow, network(input_ids=token, past_key_values=dense.past_key_values).logits)

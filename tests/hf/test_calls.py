@@ -1,0 +1,243 @@
+"""Every way of calling a model with a method attached."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import adsc
+
+from .oracle import attention, difference, kept_positions, masked_dense
+from .tiny import LAYERS, SCHEDULE, TINY, case, model
+
+FAMILIES = list(TINY)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_to_keep(family):
+    network, made = model(family), case(family, "left_padding")
+    with torch.no_grad(), adsc.compress(network, SCHEDULE):
+        whole = network(**made.inputs).logits
+        assert torch.allclose(network(**made.inputs, logits_to_keep=3).logits, whole[:, -3:], atol=1e-5)
+        some = torch.tensor([1, 4, 7])
+        assert torch.allclose(network(**made.inputs, logits_to_keep=some).logits, whole[:, some], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_attentions_have_full_size(family):
+    network, made = model(family), case(family, "left_padding")
+    kept = kept_positions(made)
+    with torch.no_grad(), attention(network, "eager"), adsc.compress(network, SCHEDULE):
+        out = network(**made.inputs, output_hidden_states=True, output_attentions=True)
+        cache = out.past_key_values
+        step = network(
+            input_ids=torch.full((3, 1), 5),
+            attention_mask=torch.nn.functional.pad(made.inputs["attention_mask"], (0, 1), value=1),
+            position_ids=None if family != "qwen2_5_vl" else torch.full((3, 3, 1), 60),
+            past_key_values=cache,
+            output_attentions=True,
+        )
+        base = network.model(**made.inputs)
+    batch_size, length = made.inputs["input_ids"].shape
+    assert len(out.hidden_states) == LAYERS + 1
+    assert torch.equal(out.hidden_states[-1], base.last_hidden_state)
+    for layer in range(LAYERS):
+        assert out.hidden_states[layer].shape == (batch_size, length, 48)
+        assert out.attentions[layer].shape == (batch_size, 4, length, length)
+        assert step.attentions[layer].shape == (batch_size, 4, 1, length + 1)
+        for row, places in enumerate(kept[layer] if layer else made.real):
+            outside = torch.ones(length, dtype=torch.bool)
+            outside[places] = False
+            weights = out.attentions[layer][row]
+            assert torch.allclose(weights[:, places].sum(-1), torch.ones(4, len(places)), atol=1e-5)
+            assert (weights[:, places][:, :, outside] == 0).all()
+            assert torch.allclose(step.attentions[layer][row].sum(-1), torch.ones(4, 1), atol=1e-5)
+            assert (step.attentions[layer][row][:, :, :-1][:, :, outside] == 0).all()
+            if layer:
+                assert (weights[:, outside] == 0).all()
+                assert (out.hidden_states[layer + 1][row, outside] == 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_leaves_out_what_no_token_predicts(family):
+    network, made = model(family), case(family, "several_images")
+    ids, kept = made.inputs["input_ids"], kept_positions(made)
+    logits = masked_dense(network, made.inputs, kept)[0]
+    vision = {place for start, stop in made.spans[0] for place in range(start, stop)}
+    predicted = [i for i in kept[-1][0] if i + 1 < ids.shape[1] and i + 1 not in vision]
+    assert len(predicted) < ids.shape[1] - len(vision)
+    expected = torch.nn.functional.cross_entropy(logits[predicted], ids[0, [i + 1 for i in predicted]])
+    labels = ids.clone()  # nothing masked by the caller
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    with torch.no_grad(), adsc.compress(network, SCHEDULE):
+        assert abs(network(**made.inputs, labels=labels).loss - expected) <= 1e-5
+        with_shifted = network(**made.inputs, labels=labels, shift_labels=shifted).loss
+        assert abs(with_shifted - expected) <= 1e-5
+    assert torch.equal(labels, ids)  # the caller's tensor is not written to
+
+
+def test_a_method_that_may_drop_the_last_token_masks_the_label_after_it():
+    class Careless(adsc.methods.ADSC):
+        keeps_last_token = False
+
+    network, made = model("llava"), case("llava", "several_images")
+    vision = [place for span in made.spans[0] for place in range(*span)]
+    ends = [stop for _, stop in made.spans[0]]
+    with adsc.compress(network, Careless(SCHEDULE)) as handle:
+        ignored = handle._unpredicted(made.inputs)[0]
+    assert ignored.nonzero().flatten().tolist() == sorted({*vision, *ends})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positional_arguments(family):
+    network, made = model(family), case(family, "single")
+    rest = {name: value for name, value in made.inputs.items() if name != "input_ids"}
+    with torch.no_grad(), adsc.compress(network, SCHEDULE):
+        expected = network(**made.inputs).logits
+        assert torch.equal(network(made.inputs["input_ids"], **rest).logits, expected)
+        hidden = network.model(made.inputs["input_ids"], **rest).last_hidden_state
+        assert torch.equal(network.lm_head(hidden), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attaching_to_the_base_model(family):
+    network, made = model(family), case(family, "left_padding")
+    with torch.no_grad(), adsc.compress(network.model, SCHEDULE) as handle:
+        logits = network(**made.inputs).logits
+        assert network.model.adsc is handle
+    kept = kept_positions(made)
+    assert difference(logits, masked_dense(network, made.inputs, kept), kept[-1]) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threads_with_their_own_budgets(family):
+    network, made = model(family), case(family, "left_padding")
+    budgets = {"1": 1, "1/2": "1/2", "1/3": "1/3"}
+    alone, found, failed = {}, {}, []
+
+    def run(handle, budget):
+        with torch.no_grad(), handle.budget(budget):
+            logits = network(**made.inputs).logits
+            return logits, [plan.tokens_per_layer() for plan in handle.last_plans]
+
+    def work(handle, name, start):
+        try:
+            start.wait()
+            found[name] = [run(handle, budgets[name]) for _ in range(8)]
+        except Exception as error:  # an assertion in a thread would be lost
+            failed.append(error)
+
+    with adsc.compress(network, SCHEDULE) as handle:
+        with torch.no_grad():
+            own = network(**made.inputs).logits
+        for name, budget in budgets.items():
+            alone[name] = run(handle, budget)
+        start = threading.Barrier(len(budgets))
+        threads = [threading.Thread(target=work, args=(handle, name, start)) for name in budgets]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with torch.no_grad():
+            assert torch.equal(network(**made.inputs).logits, own)
+    assert not failed
+    assert len({str(plans) for _, plans in alone.values()}) == 3
+    for name, runs in found.items():
+        for logits, plans in runs:
+            assert torch.equal(logits, alone[name][0])
+            assert plans == alone[name][1]
+
+
+def test_two_models_at_once():
+    made = {family: case(family, "single") for family in ("llava", "qwen2_5_vl")}
+    alone = {}
+    for (family, inputs), schedule in zip(made.items(), ("1:1/2", "3:1/3"), strict=True):
+        with torch.no_grad(), adsc.compress(model(family), schedule):
+            alone[family] = model(family)(**inputs.inputs).logits
+    with torch.no_grad(), adsc.compress(model("llava"), "1:1/2"), adsc.compress(model("qwen2_5_vl"), "3:1/3"):
+        for family, inputs in made.items():
+            assert torch.equal(model(family)(**inputs.inputs).logits, alone[family])
+
+
+def test_a_copied_model_has_a_handle_of_its_own():
+    made = case("llava", "single")
+    with torch.no_grad(), adsc.compress(model("llava"), SCHEDULE) as handle:
+        reduced = model("llava")(**made.inputs).logits
+        other = copy.deepcopy(model("llava"))
+        assert other.adsc is not handle
+        assert torch.equal(other(**made.inputs).logits, reduced)
+        other.adsc.remove()
+        with torch.no_grad():
+            assert not torch.equal(other(**made.inputs).logits, reduced)
+        assert torch.equal(model("llava")(**made.inputs).logits, reduced)
+
+
+class Flash:
+    """Stands in for FlashAttention: 2-D masks, causal from the bottom right, and its reading of position ids."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, module, query, key, value, mask, scaling=None, position_ids=None, **kwargs):
+        self.calls += 1
+        queries, keys = query.shape[2], key.shape[2]
+        if position_ids is not None and query.shape[0] == 1 and queries > 1:
+            expected = torch.arange(queries) + position_ids.min()
+            assert torch.equal(position_ids.flatten(), expected), "gaps look like packed sequences"
+        visible = torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
+        visible = visible.expand(query.shape[0], 1, -1, -1)
+        if mask is not None:
+            assert mask.shape == (query.shape[0], keys)
+            visible = visible & mask.bool()[:, None, None]
+        groups = query.shape[1] // key.shape[1]
+        bias = torch.where(visible, 0.0, -1e30)
+        scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling + bias
+        return (scores.softmax(-1) @ value.repeat_interleave(groups, 1)).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("name", ["single", "left_padding", "text_beside_image"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_and_positions_for_flash_attention(family, name, monkeypatch):
+    network, made = copy.deepcopy(model(family)), case(family, name)
+    kept = kept_positions(made)
+    expected = masked_dense(network, made.inputs, kept)
+    greedy = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with adsc.compress(network, SCHEDULE):
+        tokens = network.generate(**made.inputs, **greedy)
+    flash = Flash()
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
+    decoder = network.get_decoder()
+    decoder.config._attn_implementation = "flash_attention_2"  # set_attn_implementation wants the package
+    with torch.no_grad(), adsc.compress(network, SCHEDULE):
+        assert difference(network(**made.inputs).logits, expected, kept[-1]) <= 1e-5
+        assert torch.equal(network.generate(**made.inputs, **greedy), tokens)
+        if name == "single":  # a second turn, where lengths of keys and queries differ
+            cache = DynamicCache(config=decoder.config)
+            half = made.inputs["input_ids"].shape[1] - 3
+            first = {k: v[:, :half] if k in ("input_ids", "mm_token_type_ids") else v for k, v in made.inputs.items()}
+            first.pop("attention_mask")
+            network(**first, past_key_values=cache)
+            positions = None
+            if family == "qwen2_5_vl":
+                positions = network.model.get_rope_index(**{**made.inputs, "pixel_values": None})[0][..., half:]
+            second = network(
+                input_ids=made.inputs["input_ids"][:, half:], past_key_values=cache, position_ids=positions
+            )
+            assert (second.logits[0] - expected[0, half:]).abs().max() <= 1e-5
+    assert flash.calls > 0
+
+
+def test_plans_tell_what_was_kept():
+    network, made = model("llava"), case("llava", "left_padding")
+    with torch.no_grad(), adsc.compress(network, SCHEDULE) as handle:
+        network.generate(**made.inputs, max_new_tokens=3)  # decode steps do not disturb the plans of the prompt
+        plans = handle.last_plans
+    for layer, rows in enumerate(kept_positions(made)):
+        for plan, real, places in zip(plans, made.real, rows, strict=True):
+            assert np.array_equal(np.array(real)[plan.kept(layer)], places)

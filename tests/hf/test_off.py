@@ -1,0 +1,99 @@
+"""Off is dense, bit for bit, and a removed handle leaves nothing behind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import adsc
+
+from .tiny import SCHEDULE, TINY, batch, case, model
+
+FAMILIES = list(TINY)
+
+
+def outputs(network, made):
+    with torch.no_grad():
+        forward = network(**made.inputs, output_hidden_states=True)
+        tokens = network.generate(**made.inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    return [forward.logits, *forward.hidden_states, tokens]
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", ["single", "left_padding", "text_beside_image"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_retaining_everything_is_dense(family, name):
+    network, made = model(family), case(family, name)
+    dense = outputs(network, made)
+    with adsc.compress(network, adsc.Schedule.none()) as handle:
+        assert same(outputs(network, made), dense)
+        assert handle.last_plans == []
+    with adsc.compress(network, SCHEDULE) as handle:
+        assert not same(outputs(network, made), dense)
+        with handle.budget(1):
+            assert same(outputs(network, made), dense)
+            assert handle.last_plans == []
+        assert not same(outputs(network, made), dense)
+    assert same(outputs(network, made), dense)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_alone_is_dense(family, side):
+    network, made = model(family), batch(family, [[7], [12]], side=side)
+    dense = outputs(network, made)
+    with adsc.compress(network, SCHEDULE):
+        assert same(outputs(network, made), dense)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_stays_after_removal(family):
+    network = copy.deepcopy(model(family))
+    # transformers leaves things of its own behind the first time that a model runs.
+    outputs(network, case(family, "single"))
+
+    def state() -> list:
+        places = []
+        for name, module in network.named_modules():
+            for key, value in vars(module).items():
+                places.append((name, key, list(value.items()) if isinstance(value, dict) else id(value)))
+        return [place for place in places if place[1] != "rope_deltas"]  # which every call of the model sets
+
+    before, config = state(), network.config.to_dict()
+    classes = [dict(vars(type(module))) for module in network.modules()]
+    handle = adsc.attach(network, SCHEDULE)
+    assert network.adsc is handle
+    assert state() != before
+    outputs(network, case(family, "left_padding"))
+    handle.remove()
+    assert state() == before
+    assert network.config.to_dict() == config
+    assert [dict(vars(type(module))) for module in network.modules()] == classes
+    handle.remove()  # twice does no harm
+    adsc.attach(network, SCHEDULE).remove()  # and attaching again works
+
+
+def test_the_block_removes_after_an_error():
+    network = model("llava")
+    with pytest.raises(RuntimeError, match="mine"), adsc.compress(network, SCHEDULE):
+        raise RuntimeError("mine")
+    assert not hasattr(network, "adsc")
+    assert not network.get_decoder()._forward_pre_hooks
+
+
+def test_a_call_that_failed_leaves_nothing_for_the_next():
+    network, made = model("llava"), case("llava", "single")
+    with torch.no_grad(), adsc.compress(network, SCHEDULE):
+        reduced = network(**made.inputs).logits
+        wrong = dict(made.inputs, pixel_values=made.inputs["pixel_values"][:, :2])  # two channels: the tower fails
+        with pytest.raises(RuntimeError):
+            network(**wrong)
+        text = network.get_decoder()(input_ids=torch.arange(1, 9)[None]).last_hidden_state
+        assert torch.equal(network(**made.inputs).logits, reduced)
+    with torch.no_grad():
+        assert torch.equal(network.get_decoder()(input_ids=torch.arange(1, 9)[None]).last_hidden_state, text)

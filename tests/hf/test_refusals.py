@@ -1,0 +1,190 @@
+"""What cannot be served exactly is refused with one clear line, before any output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, LlamaConfig, StaticCache
+
+import adsc
+
+from .tiny import IMAGE, SCHEDULE, TEXT, TINY, Image, batch, case, clip, model
+
+
+def refuse(network, pattern):
+    with pytest.raises(adsc.UnsupportedModelError, match=pattern) as caught:
+        adsc.attach(network, SCHEDULE)
+    assert "\n" not in str(caught.value)
+    assert not hasattr(network, "adsc")
+    assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def test_text_only_models():
+    refuse(transformers.LlamaForCausalLM(LlamaConfig(**TEXT)), "text-only")
+
+
+def test_cross_attention_models():
+    text = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "num_key_value_heads": 2}
+    text |= {"intermediate_size": 16, "cross_attention_layers": [2]}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_global_layers": 1, "attention_heads": 2, "image_size": 28}
+    vision |= {"intermediate_size": 16, "vision_output_dim": 32, "intermediate_layers_indices": [0]}
+    config = transformers.MllamaConfig(vision_config=vision, text_config=text)
+    with torch.device("meta"):
+        refuse(transformers.MllamaForConditionalGeneration(config), "cross-attention")
+
+
+def test_encoder_decoder_models():
+    config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=16)
+    refuse(transformers.T5ForConditionalGeneration(config), "encoder-decoder")
+
+
+def test_model_types_that_are_not_known():
+    config = transformers.PaliGemmaConfig(
+        vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+        text_config={"model_type": "gemma", **{**TEXT, "pad_token_id": 0}},
+    )
+    with torch.device("meta"):
+        refuse(transformers.PaliGemmaForConditionalGeneration(config), "paligemma is not supported; supported are llava")
+
+
+def llava_with(text) -> torch.nn.Module:
+    config = transformers.LlavaConfig(
+        vision_config=clip(10, 2), text_config=text, image_token_id=IMAGE, tie_word_embeddings=False
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def test_sliding_windows_inside_a_known_family():
+    refuse(llava_with(transformers.MistralConfig(**TEXT, sliding_window=8)), "DynamicSlidingWindowLayer")
+    adsc.attach(llava_with(transformers.MistralConfig(**TEXT, sliding_window=None)), SCHEDULE).remove()
+
+
+def test_linear_attention_inside_a_known_family():
+    text = transformers.Qwen3NextConfig(**{**TEXT, "pad_token_id": 0})
+    with torch.device("meta"):
+        refuse(llava_with(text), "LinearAttentionLayer")
+
+
+def test_decoders_without_a_shared_rotary_embedding():
+    text = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 6, "ffn_dim": 16, "num_attention_heads": 2}
+    text = transformers.OPTConfig(**text, tie_word_embeddings=False)
+    refuse(llava_with(text), "no decoder with a list of layers|no shared rotary embedding")
+
+
+def test_compact_positions_with_frequencies_that_depend_on_the_length():
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    network = llava_with(LlamaConfig(**TEXT, rope_parameters=rope))
+    schedule = adsc.Schedule.parse(SCHEDULE)
+    with pytest.raises(adsc.UnsupportedModelError, match="rope type dynamic"):
+        adsc.attach(network, adsc.ADSCConfig(schedule, positions="compact"))
+    adsc.attach(network, schedule).remove()
+
+
+def test_attaching_twice():
+    network = model("llava")
+    with adsc.compress(network, SCHEDULE):
+        for inner in (network, network.model):
+            with pytest.raises(adsc.InputError, match="attached already"):
+                adsc.attach(inner, SCHEDULE)
+    with adsc.compress(network.model, SCHEDULE), pytest.raises(adsc.InputError, match="attached already"):
+        adsc.attach(network, SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("what", "pattern"),
+    [("6:1/2", "the model has 6 layers"), ("half", "LAYER:FRACTION"), (3, "not a way to reduce"), (None, "not a way")],
+)
+def test_methods_that_do_not_fit(what, pattern):
+    with pytest.raises(adsc.InputError, match=pattern):
+        adsc.attach(model("llava"), what)
+    assert not hasattr(model("llava"), "adsc")
+
+
+def test_things_that_are_not_models():
+    with pytest.raises(adsc.InputError, match="a Linear is not a transformers model"):
+        adsc.attach(torch.nn.Linear(1, 1), SCHEDULE)
+
+
+def test_budgets_out_of_reach():
+    with adsc.compress(model("llava"), SCHEDULE) as handle, pytest.raises(adsc.InputError, match="nearest"):
+        with handle.budget("1/500"):
+            pass
+    with adsc.compress(model("llava"), SCHEDULE) as handle:
+        assert str(handle.method.schedule) == SCHEDULE
+
+
+def test_caches_other_than_the_dynamic_one():
+    network, made = model("llava"), case("llava", "single")
+    text = network.config.get_text_config()
+    static = StaticCache(config=text, max_cache_len=128)
+    mixed = DynamicCache(config=transformers.MistralConfig(**TEXT, sliding_window=8))
+    with adsc.compress(network, SCHEDULE):
+        for cache in (static, mixed):
+            with pytest.raises(adsc.InputError, match="cannot be reduced"):
+                network(**made.inputs, past_key_values=cache)
+        with pytest.raises(adsc.InputError, match="StaticCache"):
+            network.generate(**made.inputs, max_new_tokens=2, cache_implementation="static")
+
+
+def test_attention_without_a_known_mask():
+    network, made = model("llava"), case("llava", "single")
+    before = network.config._attn_implementation
+    network.set_attn_implementation("flex_attention")
+    try:
+        with adsc.compress(network, SCHEDULE), pytest.raises(adsc.UnsupportedModelError, match="flex_attention"):
+            network(**made.inputs)
+    finally:
+        network.set_attn_implementation(before)
+
+
+def test_embeddings_without_ids():
+    network, made = model("llava"), case("llava", "single")
+    embeds = network.get_input_embeddings()(made.inputs["input_ids"])
+    with adsc.compress(network, SCHEDULE) as handle:
+        with pytest.raises(adsc.InputError, match="input_ids"):
+            network(inputs_embeds=embeds, pixel_values=made.inputs["pixel_values"])
+        with pytest.raises(adsc.InputError, match="pass input_ids"):
+            network(inputs_embeds=embeds)
+        with pytest.raises(ValueError, match="exactly one"):
+            network()
+        with handle.budget(1):
+            network(inputs_embeds=embeds)
+
+
+def test_inputs_that_do_not_belong_together():
+    made = case("llava", "several_images")
+    with adsc.compress(model("llava"), SCHEDULE):
+        two = dict(made.inputs, pixel_values=made.inputs["pixel_values"][:2])
+        with pytest.raises(adsc.InputError, match="75 image placeholders for 2 images"):
+            model("llava")(**two)
+        hidden = dict(made.inputs, attention_mask=made.inputs["attention_mask"].clone())
+        hidden["attention_mask"][0, 10] = 0
+        with pytest.raises(adsc.InputError, match="padding only"):
+            model("llava")(**hidden)
+    for family, missing in (("llava_next", "image_sizes"), ("qwen2_5_vl", "image_grid_thw")):
+        inputs = {k: v for k, v in case(family, "single").inputs.items() if k != missing}
+        with adsc.compress(model(family), SCHEDULE), pytest.raises(adsc.InputError, match=missing):
+            model(family)(**inputs)
+    uneven = batch("llava", [[3, Image(), 4, Image(), 5], [20, Image(), 2]])
+    ids = uneven.inputs["input_ids"]
+    ids[0, uneven.spans[0][0][0]] = 9  # the first row one placeholder short, the second one too many
+    ids[1, -1] = IMAGE
+    with adsc.compress(model("llava"), SCHEDULE), pytest.raises(adsc.InputError, match="spread over rows 0 and 1"):
+        model("llava")(**uneven.inputs)
+
+
+def test_chunked_prefill():
+    made = case("llava", "single")
+    with adsc.compress(model("llava"), SCHEDULE), pytest.raises(adsc.InputError, match="prefill_chunk_size|no pixel"):
+        model("llava").generate(**made.inputs, max_new_tokens=2, prefill_chunk_size=8)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_placeholders_without_images(family):
+    ids = case(family, "single").inputs["input_ids"]
+    with adsc.compress(model(family), SCHEDULE) as handle:
+        with pytest.raises(adsc.InputError, match=r"placeholders \(image_token_id\) but no pixel_values"):
+            model(family)(input_ids=ids)
+        with handle.budget(1):
+            model(family)(input_ids=ids)  # off is dense, whatever dense does
