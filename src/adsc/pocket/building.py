@@ -44,7 +44,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     words = [word for text in vocabulary() for word in text.lower().split()]
     trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=1024,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([*words, *(f" {word}" for word in words)], trainer)
     return PreTrainedTokenizerFast(
@@ -83,5 +86,7 @@ def build_model(vocab_size: int, seed: int = 0, **decoder: Any) -> LlavaForCondi
         image_token_index=IMAGE, vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=False,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=END, max_new_tokens=16, do_sample=False)
+    model.generation_config = GenerationConfig(
+        pad_token_id=PAD, bos_token_id=BOS, eos_token_id=END, max_new_tokens=16, do_sample=False
+    )
     return model

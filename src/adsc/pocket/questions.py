@@ -82,7 +82,9 @@ def _counting(rng: random.Random, scene: Scene) -> Question | None:
     if form == "color":
         fitting = [f"{c} objects" for c in COLORS if sum(t.color == c for t in scene.things) == wanted]
     else:
-        fitting = [f"{s}s" if s != "cross" else "crosses" for s in SHAPES if sum(t.shape == s for t in scene.things) == wanted]
+        fitting = [
+            f"{s}s" if s != "cross" else "crosses" for s in SHAPES if sum(t.shape == s for t in scene.things) == wanted
+        ]
     return Question("counting", form, f"how many {rng.choice(fitting)} are there?", str(wanted)) if fitting else None
 
 
@@ -110,7 +112,12 @@ def _comparison(rng: random.Random, scene: Scene) -> Question | None:
         return Question("comparison", form, f"is the {name(one)} larger than the {name(other)}?", wanted)
     counts = {c: sum(t.color == c for t in scene.things) for c in COLORS}
     present = [c for c in COLORS if counts[c]]
-    fitting_colors = [(a, b) for a in present for b in present if counts[a] != counts[b] and (counts[a] > counts[b]) == (wanted == "yes")]
+    fitting_colors = [
+        (a, b)
+        for a in present
+        for b in present
+        if counts[a] != counts[b] and (counts[a] > counts[b]) == (wanted == "yes")
+    ]
     if not fitting_colors:
         return None
     first, second = rng.choice(fitting_colors)
@@ -142,7 +149,9 @@ TASKS: dict[str, Callable[[random.Random, Scene], Question | None]] = {
 }
 
 
-def questions(scene: Scene, count: int, seed: int | None = None, tasks: tuple[str, ...] = tuple(TASKS)) -> list[Question]:
+def questions(
+    scene: Scene, count: int, seed: int | None = None, tasks: tuple[str, ...] = tuple(TASKS)
+) -> list[Question]:
     """``count`` different questions about a scene, the tasks drawn evenly.
 
     Parameters

@@ -29,9 +29,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = ("small", "large")
 RADIUS = {"small": 6.0, "large": 10.0}
-WORDS = (
-    "BANK CAFE HOTEL TAXI OPEN EXIT PARK SHOP FOOD MILK NEWS TOUR SALE STOP LAMP FIRE GATE HILL LAKE MOON NORTH PORT ROAD TRAIN"
-).split()
+WORDS = ["BANK", "CAFE", "HOTEL", "TAXI", "OPEN", "EXIT", "PARK", "SHOP", "FOOD", "MILK", "NEWS", "TOUR", "SALE", "STOP", "LAMP", "FIRE", "GATE", "HILL", "LAKE", "MOON", "NORTH", "PORT", "ROAD", "TRAIN"]
 CHARACTERS = tuple("0123456789" + "".join(sorted(set("".join(WORDS)))))
 
 CHAR_WIDTH = 8  # pixels from one printed character to the next, so that no patch holds two centres
@@ -75,7 +73,9 @@ class Sign:
 
     def centers(self) -> list[tuple[int, int]]:
         """Centre of each character, in pixels."""
-        return [(self.x + 2 + CHAR_WIDTH * i + CHAR_WIDTH // 2, self.y + SIGN_HEIGHT // 2) for i in range(len(self.text))]
+        return [
+            (self.x + 2 + CHAR_WIDTH * i + CHAR_WIDTH // 2, self.y + SIGN_HEIGHT // 2) for i in range(len(self.text))
+        ]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ def scene(seed: int) -> Scene:
             x = 2 * rng.randrange((IMAGE_SIZE - sign.width) // 2 + 1)
             y = 2 * rng.randrange((IMAGE_SIZE - SIGN_HEIGHT) // 2 + 1)
             sign = Sign(text, x, y, dark)
-            if all(x >= s.x + s.width + 4 or s.x >= x + sign.width + 4 or abs(s.y - y) >= SIGN_HEIGHT + 4 for s in signs):
+            if all(
+                x >= s.x + s.width + 4 or s.x >= x + sign.width + 4 or abs(s.y - y) >= SIGN_HEIGHT + 4 for s in signs
+            ):
                 break
         signs.append(sign)
     colors = rng.sample(list(COLORS), rng.randint(3, 5))
@@ -151,13 +153,17 @@ def render(scene: Scene) -> Image.Image:
         for i in range(0, side, 2 * _DRAW):
             mix = i / side
             color = tuple(round(a + (b - a) * mix) for a, b in zip(first, second, strict=True))
-            draw.rectangle((0, i, side, i + 2 * _DRAW) if kind == "vertical" else (i, 0, i + 2 * _DRAW, side), fill=color)
+            draw.rectangle(
+                (0, i, side, i + 2 * _DRAW) if kind == "vertical" else (i, 0, i + 2 * _DRAW, side), fill=color
+            )
     elif kind in ("stripes", "checks"):
         step = 8 * _DRAW
         for row in range(0, side, step):
             for column in range(0, side, step if kind == "checks" else side):
                 if (row // step + column // step) % 2:
-                    draw.rectangle((column, row, column + (step if kind == "checks" else side) - 1, row + step - 1), fill=second)
+                    draw.rectangle(
+                        (column, row, column + (step if kind == "checks" else side) - 1, row + step - 1), fill=second
+                    )
     for thing in scene.things:
         _draw_thing(draw, thing)
     image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
@@ -185,7 +191,10 @@ def _draw_thing(draw: ImageDraw.ImageDraw, thing: Thing) -> None:
     elif thing.shape == "ring":
         draw.ellipse((x - r, y - r, x + r, y + r), outline=color, width=round(0.42 * r))
     else:
-        points = [(x + r * a * math.sin(t + thing.angle), y - r * a * math.cos(t + thing.angle)) for a, t in _outline(thing.shape)]
+        points = [
+            (x + r * a * math.sin(t + thing.angle), y - r * a * math.cos(t + thing.angle))
+            for a, t in _outline(thing.shape)
+        ]
         draw.polygon(points, fill=color, outline=edge, width=3)
 
 

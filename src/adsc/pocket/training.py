@@ -13,7 +13,10 @@ another question, and stands at the positions it has when it is asked alone.
 
     python -m adsc.pocket.training recipes/pocket.yaml --stage decoder
 
-Steps are seeded by their number, checkpoints are safetensors, and a killed run goes on where it was.
+Steps are seeded by their number, checkpoints are safetensors, and a killed run goes on where it was. Several processes
+share each batch (on two cores, two of one thread are faster than one of two):
+
+    torchrun --nproc-per-node 2 -m adsc.pocket.training recipes/pocket.yaml --threads 1
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -41,12 +45,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from adsc.pocket.building import ASSISTANT, BOS, END, IMAGE, PAD, USER, build_model, build_processor
-from adsc.pocket.questions import TASKS, questions
+from adsc.pocket.building import build_model, build_processor
+from adsc.pocket.packing import Packed, answer_logits, pack, turn
+from adsc.pocket.questions import questions
 from adsc.pocket.scenes import CHARACTERS, COLORS, GRID, PATCH_SIZE, SHAPES, SIZES, SPLIT_SEEDS, Scene, render, scene
 
 TOKENS = GRID * GRID
-PREFIX = 2 + TOKENS  # <s>, <|user|> and the image
 
 FACTS: dict[str, int] = {}
 """Name of each fact a patch can hold, and its index in the codebook."""
@@ -59,7 +63,12 @@ for _name in (
     *(f"character {c}" for c in CHARACTERS),
 ):
     FACTS[_name] = len(FACTS)
-GROUPS = {"color": tuple(COLORS), "shape": SHAPES, "size": SIZES, "character": tuple(f"character {c}" for c in CHARACTERS)}
+GROUPS = {
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+    "size": SIZES,
+    "character": tuple(f"character {c}" for c in CHARACTERS),
+}
 
 
 def codebook(width: int) -> Tensor:
@@ -117,47 +126,47 @@ class Recipe:
 
 
 class Scenes(Dataset[dict[str, Any]]):
-    """Item i is scene ``first + i``: its facts, pixels and questions, a pure function of i."""
+    """Item i is scene ``first + stride * i``: its facts, pixels and questions, a pure function of i."""
 
-    def __init__(self, first: int, count: int, tokenizer: PreTrainedTokenizerFast | None, per_scene: int, images: bool) -> None:
+    def __init__(
+        self,
+        first: int,
+        count: int,
+        tokenizer: PreTrainedTokenizerFast | None,
+        per_scene: int,
+        images: bool,
+        stride: int = 1,
+    ) -> None:
         self.first, self.count, self.tokenizer, self.per_scene, self.images = first, count, tokenizer, per_scene, images
+        self.stride = stride
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        drawn = scene(self.first + i)
+        drawn = scene(self.first + self.stride * i)
         item: dict[str, Any] = {"facts": facts(drawn)}
         if self.images:
             item["pixels"] = pixels(render(drawn))
         if self.tokenizer is not None:
             asked = questions(drawn, self.per_scene)
             item["tasks"] = [q.task for q in asked]
-            item["turns"] = [
-                (self.tokenizer(q.text)["input_ids"] + [ASSISTANT], self.tokenizer(q.answer)["input_ids"] + [END]) for q in asked
-            ]
+            item["turns"] = [turn(self.tokenizer, q) for q in asked]
         return item
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack items; lay the questions of a row behind one another (``text``, ``labels``, ``segment``, ``position``: (rows, length))."""
-    batch: dict[str, Any] = {key: torch.stack([item[key] for item in items]) for key in ("facts", "pixels") if key in items[0]}
-    if "turns" not in items[0]:
-        return batch
-    length = max(sum(len(q) + len(a) for q, a in item["turns"]) for item in items)
-    length += -length % 32  # few different shapes: each new one costs a CPU its kernel choice again
-    text = torch.full((len(items), length), PAD)
-    labels, segment, position = torch.full_like(text, -100), torch.full_like(text, -1), torch.zeros_like(text)
-    for row, item in enumerate(items):
-        at = 0
-        for number, (question, answer) in enumerate(item["turns"], start=1):
-            end = at + len(question) + len(answer)
-            text[row, at:end] = torch.tensor(question + answer)
-            labels[row, at + len(question) : end] = torch.tensor(answer)
-            segment[row, at:end] = number
-            position[row, at:end] = torch.arange(PREFIX, PREFIX + end - at)
-            at = end
-    return {**batch, "text": text, "labels": labels, "segment": segment, "position": position, "tasks": [i["tasks"] for i in items]}
+    """Stack the items' tensors and pack their questions."""
+    batch: dict[str, Any] = {
+        key: torch.stack([item[key] for item in items]) for key in ("facts", "pixels") if key in items[0]
+    }
+    if "turns" in items[0]:
+        batch |= {"packed": pack([item["turns"] for item in items]), "tasks": [item["tasks"] for item in items]}
+    return batch
+
+
+def moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, (Tensor, Packed)) else v for k, v in batch.items()}
 
 
 def choose_tokens(held: Tensor, count: int, seed: int) -> Tensor:
@@ -165,34 +174,6 @@ def choose_tokens(held: Tensor, count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     score = torch.rand(held.shape[:2], generator=generator) + held[..., 2 * GRID :].sum(-1).cpu()
     return score.topk(count, dim=1).indices.sort(dim=1).values.to(held.device)
-
-
-def answer_logits(
-    model: LlavaForConditionalGeneration, features: Tensor, batch: dict[str, Any], chosen: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Logits (answer tokens, vocabulary) and their targets, over all questions of the batch.
-
-    ``features`` are the vision tokens (rows, n, width), ``chosen`` their patches (rows, n) where not all are there.
-    """
-    text, device = batch["text"], features.device
-    rows, count = features.shape[:2]
-    embed = model.get_input_embeddings()
-    head = embed(torch.tensor([[BOS, USER]], device=device)).expand(rows, -1, -1)
-    hidden = torch.cat([head.to(features.dtype), features, embed(text).to(features.dtype)], dim=1)
-    places = torch.arange(TOKENS, device=device).expand(rows, -1) if chosen is None else chosen
-    position = torch.cat([torch.arange(2, device=device).expand(rows, -1), places + 2, batch["position"]], dim=1)
-    segment = torch.cat([torch.zeros(rows, 2 + count, dtype=torch.long, device=device), batch["segment"]], dim=1)
-    length = segment.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    seen = causal & ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None]))
-    # Additive: at these sizes plain ("eager") attention trains faster on a CPU than the fused kernel.
-    mask = torch.zeros_like(seen, dtype=features.dtype).masked_fill(~seen, torch.finfo(features.dtype).min)[:, None]
-    output = model.model.language_model(
-        inputs_embeds=hidden, attention_mask=mask, position_ids=position, use_cache=False
-    ).last_hidden_state
-    wanted = batch["labels"] != -100
-    before = output[:, 1 + count : -1]  # the position before each text token predicts it
-    return model.lm_head(before[wanted]), batch["labels"][wanted]
 
 
 def code_loss(projected: Tensor, held: Tensor, codes: Tensor) -> Tensor:
@@ -252,13 +233,24 @@ class Optimizer:
 
     def step(self, step: int, progress: float) -> None:
         recipe = self.recipe
-        rate = recipe.learning_rate * min(1.0, (step + 1) / recipe.warmup, (1 - progress) / recipe.decay if recipe.decay else 1.0)
+        rate = recipe.learning_rate * min(
+            1.0, (step + 1) / recipe.warmup, (1 - progress) / recipe.decay if recipe.decay else 1.0
+        )
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = rate
             part.step()
             part.zero_grad(set_to_none=True)
+
+    def average(self) -> None:
+        """Average the gradients over the processes, all in one message."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def tensors(self) -> dict[str, Tensor]:
         return {
@@ -292,13 +284,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def validate(
-    model: LlavaForConditionalGeneration, data: DataLoader[Any], stage: str, codes: Tensor, device: torch.device, tokens: int
+    model: LlavaForConditionalGeneration,
+    data: DataLoader[Any],
+    stage: str,
+    codes: Tensor,
+    device: torch.device,
+    tokens: int,
 ) -> dict[str, float]:
     """Validation figures: accuracy of each task and overall, or of each group of facts for the tower."""
     right: dict[str, list[bool]] = {}
     model.eval()
     for batch in data:
-        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        batch = moved(batch, device)
         if stage == "tower":
             scores = see(model, batch["pixels"]) @ codes.T
             for group, names in GROUPS.items():
@@ -306,19 +303,19 @@ def validate(
                 there = batch["facts"][..., index].sum(-1) > 0
                 found = scores[..., index][there].argmax(-1) == batch["facts"][..., index][there].argmax(-1)
                 right.setdefault(group, []).extend(found.tolist())
-                right.setdefault(f"{group} present", []).extend(((scores[..., index].amax(-1) > 0.5) == there)[there].tolist())
+                right.setdefault(f"{group} present", []).extend(
+                    ((scores[..., index].amax(-1) > 0.5) == there)[there].tolist()
+                )
             continue
         features = see(model, batch["pixels"]) if stage == "join" else batch["facts"] @ codes
         chosen = None
         if stage == "decoder":
             chosen = choose_tokens(batch["facts"], tokens, seed=0)
             features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1]))
-        logits, targets = answer_logits(model, features, batch, chosen)
-        hits = torch.full_like(batch["labels"], 1, dtype=torch.bool)
-        hits[batch["labels"] != -100] = logits.argmax(-1) == targets
-        for row, tasks in enumerate(batch["tasks"]):
-            for number, task in enumerate(tasks, start=1):
-                right.setdefault(task, []).append(bool(hits[row][batch["segment"][row] == number].all()))
+        logits, _ = answer_logits(model, features, batch["packed"], chosen, TOKENS)
+        for tasks, correct in zip(batch["tasks"], batch["packed"].correct(logits), strict=True):
+            for task, hit in zip(tasks, correct, strict=True):
+                right.setdefault(task, []).append(hit)
     model.train()
     figures = {name: sum(r) / len(r) for name, r in sorted(right.items())}
     if stage != "tower":
@@ -330,6 +327,9 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
     """Run one stage in ``folder`` (resuming what is there), beginning from the weights in ``starts``."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if recipe.batch % world:
+        raise ValueError(f"a batch of {recipe.batch} cannot be shared by {world} processes; make it a multiple")
     folder.mkdir(parents=True, exist_ok=True)
     where = torch.device(device)
     tokenizer = build_processor().tokenizer
@@ -344,13 +344,19 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
     modules = {"decoder": decoder, "tower": tower, "join": decoder + tower}[stage]
     optimizer = Optimizer(modules, recipe)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "curve": []}
-    weights, moments, progress_file = folder / "model.safetensors", folder / "optimizer.safetensors", folder / "state.json"
+    weights, moments, progress_file = (
+        folder / "model.safetensors",
+        folder / "optimizer.safetensors",
+        folder / "state.json",
+    )
     if progress_file.exists():
         state = json.loads(progress_file.read_text())
         model.load_state_dict(load_file(weights, device=device), strict=False)
         optimizer.load(load_file(moments, device=device))
 
     def save() -> None:
+        if rank:
+            return
         owned = {id(p) for m in modules for p in m.parameters()}
         write_tensors(weights, {n: p.detach().contiguous() for n, p in model.named_parameters() if id(p) in owned})
         write_tensors(moments, optimizer.tensors())
@@ -358,25 +364,42 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
 
     asks, images = stage != "tower", stage != "decoder"
     first = SPLIT_SEEDS["train"] + {"decoder": 0, "tower": 5_000_000, "join": 10_000_000}[stage] + seed * 50_000_000
-    data = Scenes(first + state["step"] * recipe.batch, 1_000_000_000, tokenizer if asks else None, recipe.questions, images)
+    share = recipe.batch // world
+    data = Scenes(
+        first + state["step"] * recipe.batch + rank,
+        1_000_000_000,
+        tokenizer if asks else None,
+        recipe.questions,
+        images,
+        world,
+    )
     batches: Iterator[dict[str, Any]] = iter(
-        DataLoader(data, recipe.batch, collate_fn=collate, num_workers=recipe.workers, persistent_workers=recipe.workers > 0)
+        DataLoader(data, share, collate_fn=collate, num_workers=recipe.workers, persistent_workers=recipe.workers > 0)
     )
     held_out = Scenes(SPLIT_SEEDS["validation"], 128, tokenizer if asks else None, recipe.questions, images)
     validation: DataLoader[Any] = DataLoader(held_out, 32, collate_fn=collate)
     begun, saved, losses = time.monotonic() - state["seconds"], time.monotonic(), list[float]()
-    columns = (TextColumn(stage), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns) as bar:
+    columns = (
+        TextColumn(stage),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, disable=rank > 0) as bar:
         line = bar.add_task("", total=recipe.steps, completed=state["step"])
         try:
             while state["step"] < recipe.steps:
                 step = state["step"]
                 done = step / recipe.steps
                 if recipe.minutes is not None:
-                    done = max(done, (time.monotonic() - begun) / 60 / recipe.minutes)
+                    clock = torch.tensor((time.monotonic() - begun) / 60 / recipe.minutes)
+                    if world > 1:
+                        dist.broadcast(clock, 0)
+                    done = max(done, clock.item())
                     if done >= 1:
                         break
-                batch = {k: v.to(where) if isinstance(v, Tensor) else v for k, v in next(batches).items()}
+                batch = moved(next(batches), where)
                 with torch.autocast(where.type, dtype=torch.bfloat16, enabled=recipe.bf16):
                     loss = torch.zeros((), device=where)
                     features = see(model, batch["pixels"]) if images else batch["facts"] @ codes
@@ -385,28 +408,40 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
                             part = code_loss(features.float(), batch["facts"], codes)
                         loss = loss + part * (1.0 if stage == "tower" else recipe.code_loss)
                     if asks:
-                        count = TOKENS if done >= recipe.full_from else 16 * round(random.Random(step).uniform(*recipe.vision_tokens) / 16)
+                        count = (
+                            TOKENS
+                            if done >= recipe.full_from
+                            else 16 * round(random.Random(step).uniform(*recipe.vision_tokens) / 16)
+                        )
                         chosen = None
                         if count < TOKENS:
                             chosen = choose_tokens(batch["facts"], count, seed=step)
                             features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1]))
-                        logits, targets = answer_logits(model, features, batch, chosen)
+                        logits, targets = answer_logits(model, features, batch["packed"], chosen, TOKENS)
                         answers = F.cross_entropy(logits.float(), targets)
                         loss = loss + answers
                 if not math.isfinite(loss.item()):
-                    raise FloatingPointError(f"the loss is {loss.item()} at step {step}; lower learning_rate in the recipe")
+                    raise FloatingPointError(
+                        f"the loss is {loss.item()} at step {step}; lower learning_rate in the recipe"
+                    )
                 loss.backward()
+                if world > 1:
+                    optimizer.average()
                 optimizer.step(step, done)
                 losses.append((answers if asks else loss).item())
                 state["step"], state["seconds"] = step + 1, time.monotonic() - begun
                 bar.update(line, completed=step + 1, description=f"loss {sum(losses[-50:]) / len(losses[-50:]):.3f}")
-                if (step + 1) % recipe.evaluate_every == 0:
+                if (step + 1) % recipe.evaluate_every == 0 and rank == 0:
                     figures = validate(model, validation, stage, codes, where, max(recipe.vision_tokens))
                     mean = sum(losses) / len(losses)
                     losses.clear()
-                    state["curve"].append({"step": step + 1, "seconds": round(state["seconds"]), "loss": round(mean, 4)} | figures)
-                    bar.console.print(f"{stage} {step + 1} loss {mean:.3f} " + " ".join(f"{k} {v:.3f}" for k, v in figures.items()))
-                if time.monotonic() - saved > 120:
+                    state["curve"].append(
+                        {"step": step + 1, "seconds": round(state["seconds"]), "loss": round(mean, 4)} | figures
+                    )
+                    bar.console.print(
+                        f"{stage} {step + 1} loss {mean:.3f} " + " ".join(f"{k} {v:.3f}" for k, v in figures.items())
+                    )
+                if rank == 0 and time.monotonic() - saved > 120:
                     save()
                     saved = time.monotonic()
         finally:
@@ -420,12 +455,18 @@ def _interrupt(*_: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
-    parser.add_argument("--stage", choices=("decoder", "tower", "join"), action="append", help="default: all three, in order")
+    parser.add_argument(
+        "--stage", choices=("decoder", "tower", "join"), action="append", help="default: all three, in order"
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/pocket"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
+        if arguments.device == "cuda":
+            arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     signal.signal(signal.SIGTERM, _interrupt)  # a polite kill saves a checkpoint, as Ctrl-C does

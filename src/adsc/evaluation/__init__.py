@@ -1,0 +1,1 @@
+"""Measuring quality: statistics and stored results."""
