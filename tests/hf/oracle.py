@@ -20,9 +20,7 @@ Kept = list[list[list[int]]]  # of each layer, of each row: positions, padding c
 def kept_positions(batch: Batch, schedule: str = SCHEDULE, pattern: str = "last", grids=None) -> Kept:
     """The kept positions of a batch, layer by layer and row by row."""
     plans = [
-        adsc.plan(
-            spans, len(real), adsc.Schedule.parse(schedule), LAYERS, pattern, grids=grids and grids[: len(spans)]
-        )
+        adsc.plan(spans, len(real), adsc.Schedule.parse(schedule), LAYERS, pattern, grids=grids and grids[: len(spans)])
         for spans, real in zip(batch.spans, batch.real, strict=True)
     ]
     return [

@@ -19,7 +19,7 @@ FAMILIES = list(TINY)
 OLD = Version(transformers.__version__) < Version("5.20")
 STEPS = 10
 # A tiny random model would say the same word again and again.
-GREEDY = dict(max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, no_repeat_ngram_size=1)
+GREEDY = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, "no_repeat_ngram_size": 1}
 
 
 def grown(made: Batch, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -88,9 +88,9 @@ def test_greedy_decoding_equals_recomputing(family, implementation, positions, n
 
 
 MODES = {
-    "greedy": dict(do_sample=False),
-    "sampled": dict(do_sample=True, temperature=2.0),
-    "beams": dict(num_beams=3, do_sample=False),
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "temperature": 2.0},
+    "beams": {"num_beams": 3, "do_sample": False},
 }
 
 
@@ -114,7 +114,7 @@ def test_several_samples_of_one_prompt():
     network, made = model("qwen2_5_vl"), case("qwen2_5_vl", "several_images")
     with adsc.compress(network, SCHEDULE):
         torch.manual_seed(0)
-        options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=True)
+        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": True}
         out = network.generate(**made.inputs, **options, num_return_sequences=3)
     assert len({tuple(row) for row in out.tolist()}) == 3
 
@@ -142,11 +142,9 @@ def test_two_turns_on_one_cache(family, implementation, new_image):
     network, tiny = model(family), TINY[family]
     first = batch(family, [[4, tiny.images[0], 6]])
     turn, whole = second_turn(family, first, [3, tiny.images[2], 5] if new_image else [5])
-    past, new = (made.inputs["input_ids"].shape[1] for made in (first, turn))
+    past = first.inputs["input_ids"].shape[1]
     kept_first = kept_positions(first)
-    kept = [
-        [a[0] + [past + place for place in b[0]]] for a, b in zip(kept_first, kept_positions(turn), strict=True)
-    ]
+    kept = [[a[0] + [past + place for place in b[0]]] for a, b in zip(kept_first, kept_positions(turn), strict=True)]
     expected = masked_dense(network, whole, kept)
     positions = mrope(network, whole) if family == "qwen2_5_vl" else None
     both = dict(turn.inputs, attention_mask=whole["attention_mask"])
@@ -191,7 +189,7 @@ def test_a_chat_by_generate_with_an_image_in_each_turn():
 def test_another_budget_in_the_second_turn_leaves_the_first_as_it_was():
     network, tiny = model("llava"), TINY["llava"]
     first, turn = batch("llava", [[4, tiny.images[0], 6]]), batch("llava", [[3, tiny.images[0], 5]], seed=7)
-    cache = DynamicCache(config=network.config.get_text_config())
+    cache = DynamicCache()
     with torch.no_grad(), adsc.compress(network, SCHEDULE) as handle:
         network(**first.inputs, past_key_values=cache)
         with handle.budget(1):

@@ -8,13 +8,15 @@ import threading
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import adsc
 
 from .oracle import attention, difference, kept_positions, masked_dense
-from .tiny import LAYERS, SCHEDULE, TINY, case, model
+from .tiny import LAYERS, SCHEDULE, TINY, Image, batch, case, model
 
 FAMILIES = list(TINY)
 
@@ -241,3 +243,30 @@ def test_plans_tell_what_was_kept():
     for layer, rows in enumerate(kept_positions(made)):
         for plan, real, places in zip(plans, made.real, rows, strict=True):
             assert np.array_equal(np.array(real)[plan.kept(layer)], places)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_plans_as_a_forward_pass_does(family):
+    """``generate`` may encode images beforehand, and then hands features instead of pixels and sizes to the model."""
+    images = list(TINY[family].images)
+    if family == "qwen2_5_vl":
+        images.insert(1, Image(2, 4, frames=3))
+    network, made = model(family), batch(family, [[3, *images[:2], 4], [5, *images[2:], 2], [6]])
+    with torch.no_grad(), adsc.compress(network, SCHEDULE) as handle:
+        network(**made.inputs)
+        plans = handle.last_plans
+        network.generate(**made.inputs, max_new_tokens=1)
+        assert handle.last_plans is not plans
+        assert [plan.layout for plan in handle.last_plans] == [plan.layout for plan in plans]
+        assert (plans[0].layout.grids[0] is not None) == TINY[family].grids
+
+
+def test_some_hidden_states_alone():
+    if Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("this version gives all or none")
+    network, made = model("llava"), case("llava", "single")
+    with torch.no_grad(), adsc.compress(network, SCHEDULE):
+        whole = network.model(**made.inputs, output_hidden_states=True).hidden_states
+        some = network.model(**made.inputs, output_hidden_states=[2, 5]).hidden_states
+    for index, (state, expected) in enumerate(zip(some, whole, strict=True)):
+        assert state is None if index not in (2, 5) else torch.equal(state, expected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import transformers
@@ -13,21 +13,21 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 LAYERS = 6
 VOCAB = 256
-TEXT = dict(
-    vocab_size=VOCAB,
-    hidden_size=48,
-    intermediate_size=64,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
     # Wide weights: attention must matter, and greedy decoding must not repeat itself.
-    initializer_range=0.1,
-    tie_word_embeddings=False,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=None,
-)
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 IMAGE, VIDEO, VISION_START, VISION_END = 250, 251, 252, 253  # text ids are below
 SCHEDULE = "1:2/3,2:1/2,4:1/3"
 
@@ -104,7 +104,7 @@ def build_llava_next() -> torch.nn.Module:
     return transformers.LlavaNextForConditionalGeneration(config)
 
 
-# Of tiles of 3 x 3 patches: a wide one in 1 x 2 tiles; a square one in 2 x 2; a tall one in 2 x 1 whose padding is cut off.
+# Of tiles of 3 x 3 patches: a wide image in 1 x 2 tiles, a square one in 2 x 2, a tall one in 2 x 1 without its padding.
 NEXT = {Image(6, 12): (2, [9 + 3 * 7]), Image(12, 12): (4, [9 + 6 * 7]), Image(12, 2): (2, [9 + 6 * 2])}
 
 
@@ -119,18 +119,18 @@ def llava_next_pixels(images: list[Image], generator: torch.Generator) -> dict[s
 def build_qwen2_5_vl() -> torch.nn.Module:
     text = {**TEXT, "hidden_size": 48, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]}}
     text["rope_parameters"]["rope_theta"] = 10000.0
-    vision = dict(
-        depth=2,
-        hidden_size=32,
-        intermediate_size=32,
-        num_heads=2,
-        patch_size=4,
-        window_size=16,
-        fullatt_block_indexes=[1],
-        out_hidden_size=48,
-        spatial_merge_size=2,
-        tokens_per_second=2,
-    )
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "patch_size": 4,
+        "window_size": 16,
+        "fullatt_block_indexes": [1],
+        "out_hidden_size": 48,
+        "spatial_merge_size": 2,
+        "tokens_per_second": 2,
+    }
     config = transformers.Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision,
@@ -158,9 +158,7 @@ def qwen_pixels(images: list[Image], generator: torch.Generator) -> dict[str, to
 
 TINY = {
     "llava": Tiny(build_llava, lambda image: [25], llava_pixels),
-    "llava_next": Tiny(
-        build_llava_next, lambda image: NEXT[image][1], llava_next_pixels, tuple(NEXT), grids=False
-    ),
+    "llava_next": Tiny(build_llava_next, lambda image: NEXT[image][1], llava_next_pixels, tuple(NEXT), grids=False),
     "qwen2_5_vl": Tiny(
         build_qwen2_5_vl,
         lambda image: [image.height * image.width] * image.frames,
@@ -221,14 +219,16 @@ def batch(
             tokens += tiny.markers[0]
             lengths = tiny.tokens(item)
             ends = list(accumulate(lengths, initial=len(tokens)))
-            spans[-1] += list(zip(ends, ends[1:], strict=False))
+            spans[-1] += list(pairwise(ends))
             tokens += [IMAGE if item.frames == 1 else VIDEO] * sum(lengths) + tiny.markers[1]
         ids.append(tokens)
     longest = max(map(len, ids))
     padding = [longest - len(row) for row in ids]
     left = padding if side == "left" else [0] * len(ids)
     inputs = {
-        "input_ids": torch.tensor([[0] * p + row + [0] * (n - p) for row, n, p in zip(ids, padding, left, strict=True)]),
+        "input_ids": torch.tensor(
+            [[0] * p + row + [0] * (n - p) for row, n, p in zip(ids, padding, left, strict=True)]
+        ),
     }
     real = [list(range(p, p + len(row))) for row, p in zip(ids, left, strict=True)]
     if mask:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from ..config import FILE_NAME, ADSCConfig
 from ..errors import InputError, UnsupportedModelError
@@ -47,15 +47,18 @@ def load(folder_or_hub_id: str | os.PathLike[str], retained: Ratio | None = None
         raise InputError(f"there is no folder {name!r}; give the folder of a checkpoint or a hub id like 'owner/name'")
     shared = {key: options[key] for key in PROCESSOR_OPTIONS if key in options}
     try:
+        saved = cached_file(name, FILE_NAME, _raise_exceptions_for_missing_entries=False, **shared)
+    except OSError as error:
+        raise InputError(f"cannot load {name!r}: {_first_line(error)}") from error
+    method = as_method(ADSCConfig.from_pretrained(Path(saved).parent) if saved else Schedule.none())
+    try:
         model = AutoModelForImageTextToText.from_pretrained(name, **options)
         processor = AutoProcessor.from_pretrained(name, **shared)
-        saved = cached_file(name, FILE_NAME, _raise_exceptions_for_missing_entries=False, **shared)
     except OSError as error:
         raise InputError(f"cannot load {name!r}: {_first_line(error)}") from error
     except ValueError as error:
         raise UnsupportedModelError(f"{name!r} is no image-text-to-text model: {_first_line(error)}") from error
     # A PEFT adapter saved in the same folder is put on here, before the method is attached.
-    method = as_method(ADSCConfig.from_pretrained(Path(saved).parent) if saved else Schedule.none())
     if retained is not None:
         method = method.for_budget(model.config.get_text_config(decoder=True).num_hidden_layers, retained)
     if saved or retained is not None:

@@ -26,8 +26,8 @@ from ..errors import InputError, UnsupportedModelError
 from ..methods import Method, as_method
 from ..planning import Plan
 from ..schedule import Ratio, Schedule
-from .families import Ints, check_text, family_of, has_vision, layouts, real_positions
-from .views import Call, Memory, build
+from .families import check_text, family_of, has_vision, layouts, real_positions
+from .views import Call, Extent, Ints, Memory, continue_call, plan_call
 
 KEYWORD = "adsc"  # under which a call travels from the decoder to its layers
 MEMORY = "_adsc_memory"  # attribute of a cache
@@ -132,13 +132,9 @@ class Handle:
         if not (targets and self.method.reduces and has_vision(self._family, inputs)):
             return None
         ignored = self._unpredicted(inputs)
-        if inputs.get("labels") is not None:
-            inputs["labels"] = inputs["labels"].masked_fill(ignored.to(inputs["labels"].device), IGNORED)
-        if inputs.get("shift_labels") is not None:
-            shifted = nn.functional.pad(ignored, (0, 1))[:, 1:]
-            inputs["shift_labels"] = inputs["shift_labels"].masked_fill(
-                shifted.to(inputs["shift_labels"].device), IGNORED
-            )
+        for name in targets:  # shifted labels stand one position to the left
+            mask = ignored if name == "labels" else nn.functional.pad(ignored, (0, 1))[:, 1:]
+            inputs[name] = inputs[name].masked_fill(mask.to(inputs[name].device), IGNORED)
         return (), inputs
 
     def _unpredicted(self, inputs: dict[str, Any]) -> Tensor:
@@ -161,13 +157,10 @@ class Handle:
         if not method.reduces:
             self._thread.plans = []
         elif has_vision(self._family, inputs):
-            batch, tokens = _shape(inputs)
-            real = real_positions(inputs.get("attention_mask"), batch, tokens)
-            plans = [
-                method.plan(layout, self.num_layers)
-                for layout in layouts(self._family, self.model.config, inputs, real)
-            ]
             self._check_call(cache)
+            real = real_positions(inputs.get("attention_mask"), *_shape(inputs))
+            rows = layouts(self._family, self.model.config, inputs, real)
+            plans = [method.plan(layout, self.num_layers) for layout in rows]
             self._thread.plans, self._thread.planned = plans, (plans, real)
         elif ids is None:
             if inputs.get("inputs_embeds") is not None and (cache is None or cache.get_seq_length() == 0):
@@ -184,43 +177,33 @@ class Handle:
         attention = self._decoder.config._attn_implementation
         if attention not in ATTENTION:
             raise UnsupportedModelError(f"attention {attention!r} is not supported; use one of {', '.join(ATTENTION)}")
-        if cache is None:
-            return
-        if (
-            type(cache) is not DynamicCache
-            or cache.offloading
-            or {type(layer) for layer in cache.layers} - {DynamicLayer}
-        ):
-            kinds = " with offloading" if getattr(cache, "offloading", False) else ""
-            raise InputError(f"a {type(cache).__name__}{kinds} cannot be reduced; use the default DynamicCache")
+        if cache is not None and not (type(cache) is DynamicCache and _is_plain(cache)):
+            raise InputError(f"this {type(cache).__name__} cannot be reduced; use a plain DynamicCache, the default")
 
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
         """Decoder: lay the call out, when it is planned or continues from a reduced cache."""
         planned, self._thread.planned = self._thread.planned, None
         inputs = _named(module, args, kwargs)
         cache = inputs.get("past_key_values")
-        memory = getattr(cache, MEMORY, None)
+        memory: Memory | None = getattr(cache, MEMORY, None)
         if planned is None and memory is None:
             return None
+        tokens = _tokens(inputs)
         past = 0 if cache is None else cache.get_seq_length()
-        shape = _shape(inputs)
-        if memory is not None:
-            if past == 0:  # the cache was reset
-                delattr(cache, MEMORY)
-                memory = None
-            else:
-                self._check_call(cache)
-                _check_memory(cache, memory, past, shape[0])
-        if planned is None and memory is None:
-            return None
-        plans, real = planned or (None, ())
-        mask = inputs.get("attention_mask")
-        past_real = np.full(shape[0], past)
+        if memory is not None and past == 0:  # the cache was reset
+            delattr(cache, MEMORY)
+            memory = None
+        if cache is not None and memory is not None:
+            self._check_call(cache)
+            _check_memory(cache, memory, past, len(tokens))
+        batch, width = tokens.shape[:2]
+        extent = Extent(batch, width, past, memory.length if memory else past, tokens.device)
         compact = self.method.positions == "compact"
-        if planned and compact and past and isinstance(mask, Tensor) and mask.ndim == 2:
-            past_real = mask[:, :past].sum(1).cpu().numpy()
-        device = _tokens(inputs).device
-        inputs[KEYWORD] = build(plans, real, memory, past, shape, self.num_layers, compact, past_real, device)
+        if planned is not None:
+            past_counts = _past_counts(inputs.get("attention_mask"), extent) if compact else None
+            inputs[KEYWORD] = plan_call(extent, memory, *planned, self.num_layers, past_counts)
+        elif memory is not None:
+            inputs[KEYWORD] = continue_call(extent, memory, compact)
         return (), inputs
 
     def _enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
@@ -233,14 +216,13 @@ class Handle:
         if view is None:
             return args, kwargs
         hidden = view.advance(args[0]) if view.first == index else args[0]
-        kwargs["attention_mask"] = view.mask(
-            kwargs.get("attention_mask"), self._decoder.config._attn_implementation in FLASH
-        )
+        flash = self._decoder.config._attn_implementation in FLASH
+        kwargs["attention_mask"] = view.mask(kwargs.get("attention_mask"), flash)
         # Rotary embeddings carry the positions. Ids with gaps would look like packed sequences to FlashAttention.
         kwargs["position_ids"] = None
         rotary = kwargs["position_embeddings"]
-        if view.ranks is not None:
-            kwargs["position_embeddings"] = view.once(rotary, lambda: self._compact_rotary(hidden, view.ranks))
+        if (ranks := view.ranks) is not None:
+            kwargs["position_embeddings"] = view.once(rotary, lambda: self._compact_rotary(hidden, ranks))
         elif view.rows is not None:
             kwargs["position_embeddings"] = view.once(rotary, lambda: tuple(view.gather(part) for part in rotary))
         return (hidden, *args[1:]), kwargs
@@ -256,25 +238,22 @@ class Handle:
         if call is None:
             return None
         if not call.reached:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} does not hand keywords on to its layers; adsc cannot serve it"
-            )
-        memory = call.remember()
-        if output.past_key_values is not None and memory is not None:
-            setattr(output.past_key_values, MEMORY, memory)
+            raise UnsupportedModelError(f"{type(module).__name__} does not hand keywords on to its layers")
+        if output.past_key_values is not None:
+            setattr(output.past_key_values, MEMORY, call.memory())
         last = call.views[-1]
         if last is None:
             return output
         output.last_hidden_state = last.restore(output.last_hidden_state)
         if output.hidden_states is not None:  # entry i is the output of layer i − 1, the last one that of the norm
-            inner = zip(output.hidden_states[1:-1], call.views, strict=False)
-            restored = [state if view is None or state is None else view.restore(state) for state, view in inner]
-            output.hidden_states = (output.hidden_states[0], *restored, output.last_hidden_state)
+            first, *inner, normed = output.hidden_states  # None where only some were asked for
+            inner = [
+                x if x is None or view is None else view.restore(x) for x, view in zip(inner, call.views, strict=False)
+            ]
+            output.hidden_states = (first, *inner, normed if normed is None else output.last_hidden_state)
         if output.attentions is not None:
             pairs = zip(output.attentions, call.views, strict=True)
-            output.attentions = tuple(
-                weights if view is None else view.restore_attention(weights) for weights, view in pairs
-            )
+            output.attentions = tuple(x if view is None else view.restore_attention(x) for x, view in pairs)
         return output
 
 
@@ -318,7 +297,7 @@ def compress(model: PreTrainedModel, method: Schedule | ADSCConfig | Method | st
 
 
 def _decoder(base: nn.Module) -> Any:
-    decoder = base.get_decoder()
+    decoder = base.get_decoder()  # type: ignore[operator]
     if decoder is base or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise UnsupportedModelError(f"{type(base).__name__} has no decoder with a list of layers; adsc cannot serve it")
     if not isinstance(getattr(decoder, "rotary_emb", None), nn.Module):
@@ -343,11 +322,22 @@ def _shape(inputs: dict[str, Any]) -> tuple[int, int]:
     return batch, tokens
 
 
+def _is_plain(cache: DynamicCache) -> bool:
+    return not cache.offloading and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def _past_counts(mask: Tensor | None, extent: Extent) -> Tensor:
+    """``(batch, 1)`` tokens of layer 0's cache that are not padding."""
+    if mask is None or mask.ndim != 2:
+        return torch.full((extent.batch, 1), extent.past, device=extent.device)
+    return mask[:, : extent.past].sum(1, keepdim=True)
+
+
 def _check_memory(cache: DynamicCache, memory: Memory, past: int, batch: int) -> None:
     """Refuse a cache that was changed in a way that leaves it unknown what its layers hold."""
-    for layer, slots in zip(cache.layers, memory.slots, strict=True):
+    for layer, slots in enumerate(memory.slots):
         held = past if slots is None else slots.columns.shape[1] + past - memory.length
-        if past < memory.length or layer.get_seq_length() != held:
+        if past < memory.length or cache.get_seq_length(layer) != held:
             raise InputError("the cache was cropped into a reduced prompt or filled elsewhere; start with a new cache")
-        if slots is not None and slots.columns.shape[0] != batch:
-            raise InputError(f"the cache was reduced for {slots.columns.shape[0]} rows, but this call has {batch}")
+        if slots is not None and len(slots.columns) != batch:
+            raise InputError(f"the cache was reduced for {len(slots.columns)} rows, but this call has {batch}")

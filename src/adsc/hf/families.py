@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from ..errors import InputError, UnsupportedModelError
 from ..layout import Layout
+from .views import Ints
 
-Ints = NDArray[np.int64]
 Inputs = Mapping[str, Any]
 Grid = tuple[int, int]
 
@@ -53,7 +52,7 @@ class Modality:
     pixels: str
     encoded: str
     sizes: Callable[[int, PreTrainedConfig, Inputs], list[Frames]]
-    frames: Callable[[int, NDArray[np.int64] | None], Frames]
+    frames: Callable[[int, Ints | None], Frames]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ..planning import Plan
 from .masks import inverse, put_back, stage_mask, take
 
 T = TypeVar("T")
+Ints = NDArray[np.int64]
 
 
 class Slots:
@@ -52,55 +53,75 @@ class Memory:
         self.length, self.slots = length, slots
 
 
+class Extent(NamedTuple):
+    """The size of a call: rows, tokens fed in, tokens in layer 0's cache and how many of these the memory covers."""
+
+    batch: int
+    tokens: int
+    past: int
+    known: int
+    device: torch.device
+
+
 class View:
     """What the layers of one stage see in one call.
 
-    Attributes
+    Parameters
     ----------
+    extent
+        The size of the call.
+    slots
+        What these layers' caches hold, ``None`` for everything.
     first
         The layer at whose input the stage begins.
     rows
         ``(batch, width)``: which of the call's tokens are there, −1 for padding on the left; ``None`` for all.
     step
         The same as slots of the stage before, which is what the first layer gathers by.
-    ranks
-        ``(batch, width)`` compact position ids, or ``None`` when tokens keep their original ones.
     padded
         Whether any row has padding, in this call or in the cache.
     """
 
+    ranks: Tensor | None = None  # (batch, width) compact position ids; None when tokens keep their original ones
+
     def __init__(
-        self, first: int, rows: Tensor | None, step: Tensor | None, ranks: Tensor | None, slots: Slots | None,
-        known: int, past: int, tokens: int, batch: int, padded: bool, device: torch.device,
-    ) -> None:  # fmt: skip
-        self.first, self.rows, self.step, self.ranks, self.padded = first, rows, step, ranks, padded
-        self.width = tokens if rows is None else rows.shape[1]
-        self._slots, self._known, self._past, self._tokens = slots, known, past, tokens
-        self._batch, self._device = batch, device
+        self, extent: Extent, slots: Slots | None, first: int, rows: Tensor | None, step: Tensor | None, padded: bool
+    ) -> None:
+        self.extent, self.slots, self.first, self.rows, self.step, self.padded = (
+            extent,
+            slots,
+            first,
+            rows,
+            step,
+            padded,
+        )
+        self.width = extent.tokens if rows is None else rows.shape[1]
         self._made: list[tuple[object, object]] = []
 
     @cached_property
     def keys(self) -> Tensor:
-        """Original positions of the layer's keys after this call, ``(batch, m)``; −1 for padding."""
+        """Original positions of the layers' keys after this call, ``(batch, m)``; −1 for padding."""
+        batch, tokens, past, known, device = self.extent
 
         def between(start: int, stop: int) -> Tensor:
-            return torch.arange(start, stop, device=self._device).expand(self._batch, -1)
+            return torch.arange(start, stop, device=device).expand(batch, -1)
 
-        held = between(0, self._past) if self._slots is None else self._slots.columns
-        fed_back = between(self._past if self._slots is None else self._known, self._past)
-        if self.rows is None:
-            new = between(self._past, self._past + self._tokens)
-        else:
-            new = torch.where(self.rows < 0, self.rows, self.rows + self._past)
-        return torch.cat((held, fed_back, new), dim=1)
+        held = between(0, known) if self.slots is None else self.slots.columns
+        new = between(past, past + tokens) if self.rows is None else self.rows.where(self.rows < 0, self.rows + past)
+        return torch.cat((held, between(known, past), new), dim=1)
 
     @cached_property
     def back(self) -> Tensor | None:
         """Slot of each of the call's tokens, ``(batch, tokens)``, −1 where dropped; ``None`` when all are there."""
-        return None if self.rows is None else inverse(self.rows, self._tokens)
+        return None if self.rows is None else inverse(self.rows, self.extent.tokens)
+
+    def renumber(self, past_counts: Tensor) -> None:
+        """Set ``ranks``: positions go on from ``past_counts (batch, 1)``, the tokens that each row has in the cache."""
+        padding = 0 if self.rows is None else (self.rows < 0).sum(1, keepdim=True)
+        self.ranks = (past_counts - padding + torch.arange(self.width, device=self.extent.device)).clamp(min=0)
 
     def once(self, source: object, make: Callable[[], T]) -> T:
-        """Make what all layers of the stage share (they are handed the same ``source``) only for the first of them."""
+        """Make what the stage's layers share; each of them comes with the same ``source``."""
         for known, made in self._made:
             if known is source:
                 return made  # type: ignore[return-value]
@@ -114,13 +135,13 @@ class View:
             return None
         return self.once(mask, lambda: stage_mask(mask, self.rows, self.keys, self.width, flash))
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Pick the stage's tokens out of ``(..., batch or 1, tokens, features)``."""
-        return x if self.rows is None else take(x, self.rows)
-
     def advance(self, hidden: Tensor) -> Tensor:
         """From the stage before into this one."""
         return hidden if self.step is None else take(hidden, self.step)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Pick the stage's tokens out of ``(..., batch or 1, tokens, features)``."""
+        return x if self.rows is None else take(x, self.rows)
 
     def restore(self, x: Tensor) -> Tensor:
         """Put ``(batch, width, features)`` back at full length, zeros where dropped."""
@@ -128,12 +149,12 @@ class View:
 
     def restore_attention(self, x: Tensor) -> Tensor:
         """Put attention weights ``(batch, heads, width, m)`` back at full size, zeros where dropped."""
-        heads = x.shape[1]
-        columns = inverse(self.keys, self._past + self._tokens).repeat_interleave(heads, 0)
+        batch, heads = x.shape[:2]
+        columns = inverse(self.keys, self.extent.past + self.extent.tokens).repeat_interleave(heads, 0)
         x = put_back(x.flatten(0, 1).transpose(1, 2), columns).transpose(1, 2)
         if self.back is not None:
             x = put_back(x, self.back.repeat_interleave(heads, 0))
-        return x.unflatten(0, (-1, heads))
+        return x.reshape(batch, heads, *x.shape[1:])
 
 
 class Call:
@@ -141,85 +162,82 @@ class Call:
 
     It travels with the call as a keyword of the layers, so threads, and the second run of a layer under gradient
     checkpointing, see what belongs to them.
-    """
-
-    def __init__(
-        self, views: list[View | None], memory: Memory | None, planned: bool, length: int
-    ) -> None:
-        self.views = views
-        self.reached = False  # set by the last layer: proof that the decoder hands keywords on
-        self._memory, self._planned, self._length = memory, planned, length
-
-    def remember(self) -> Memory | None:
-        """What the cache has to know from now on."""
-        if not self._planned:
-            return self._memory
-        slots = {view: Slots(view.keys, view.padded) for view in self.views if view is not None}
-        return Memory(self._length, [None if view is None else slots[view] for view in self.views])
-
-
-def build(
-    plans: Sequence[Plan] | None,
-    real: Sequence[NDArray[np.int64]],
-    memory: Memory | None,
-    past: int,
-    shape: tuple[int, int],
-    num_layers: int,
-    compact: bool,
-    past_real: NDArray[np.int64],
-    device: torch.device,
-) -> Call:
-    """Lay out a call.
 
     Parameters
     ----------
-    plans
-        One per row for a call with vision tokens, ``None`` for text and decode steps.
-    real
-        Of each row the positions that are not padding; the plans count these alone.
+    views
+        One per layer, shared by the layers of a stage.
     memory
-        What earlier calls dropped.
-    past
-        Tokens that layer 0's cache holds.
-    shape
-        Rows and tokens of this call.
-    compact
-        Whether survivors are renumbered.
-    past_real
-        ``(batch,)`` tokens of the past that are not padding.
+        What the cache has to know from now on, made when asked for.
     """
-    batch, tokens = shape
-    starts = {stage.start for stage in plans[0].stages} if plans else set()
-    known = memory.length if memory else past
+
+    def __init__(self, views: list[View | None], memory: Callable[[], Memory | None]) -> None:
+        self.views, self.memory = views, memory
+        self.reached = False  # set by the last layer: proof that the decoder hands keywords on
+
+
+def continue_call(extent: Extent, memory: Memory, compact: bool) -> Call:
+    """Lay out a call that feeds text, or decodes, on a cache that was reduced before."""
+    views = {slots: View(extent, slots, 0, None, None, slots.padded) for slots in memory.slots if slots is not None}
+    if compact:
+        for slots, view in views.items():
+            view.renumber(slots.counts + (extent.past - extent.known))
+    return Call([None if slots is None else views[slots] for slots in memory.slots], lambda: memory)
+
+
+def plan_call(
+    extent: Extent,
+    memory: Memory | None,
+    plans: Sequence[Plan],
+    real: Sequence[Ints],
+    num_layers: int,
+    past_counts: Tensor | None,
+) -> Call:
+    """Lay out a call with vision tokens.
+
+    Parameters
+    ----------
+    memory
+        What earlier calls on the cache dropped.
+    plans
+        One per row.
+    real
+        Of each row the positions that are not padding; the plans count these alone. Reduced stages hold no padding
+        but what makes their rows equally long.
+    past_counts
+        ``(batch, 1)`` tokens of layer 0's cache that are not padding, when survivors are to be renumbered.
+    """
+    held = memory.slots if memory else [None] * num_layers
+    stages = [plans[0].stage(layer).start for layer in range(num_layers)]
     views: list[View | None] = []
-    before: NDArray[np.int64] | None = None  # slot of each token in the stage before
-    previous: Slots | None = None
-    for layer in range(num_layers):
-        slots = memory.slots[layer] if memory else None
-        if layer and layer not in starts and slots is previous:
+    before: Ints | None = None  # slot of each token in the stage before
+    for layer, (slots, stage) in enumerate(zip(held, stages, strict=True)):
+        if layer and slots is held[layer - 1] and stage == stages[layer - 1]:
             views.append(views[-1])
             continue
-        previous = slots
-        rows = step = ranks = None
+        rows = step = None
         padded = slots.padded if slots else False
-        if plans and layer >= plans[0].stages[0].stop:
+        if stage > 0:
             kept = [places[plan.kept(layer)] for places, plan in zip(real, plans, strict=True)]
-            index = np.full((batch, max(map(len, kept))), -1, dtype=np.int64)
-            back = np.full((batch, tokens), -1, dtype=np.int64)
+            width = max(map(len, kept))
+            index = np.full((extent.batch, width), -1, dtype=np.int64)
+            back = np.full((extent.batch, extent.tokens), -1, dtype=np.int64)
             for row, places in enumerate(kept):
-                index[row, index.shape[1] - len(places) :] = places
-                back[row, places] = np.arange(index.shape[1] - len(places), index.shape[1])
-            stride = index if before is None else np.take_along_axis(before, index.clip(0), 1)
-            stride[index < 0] = -1
+                index[row, width - len(places) :] = places
+                back[row, places] = np.arange(width - len(places), width)
+            stride = index if before is None else np.where(index < 0, -1, np.take_along_axis(before, index.clip(0), 1))
+            rows, step = torch.from_numpy(index).to(extent.device), torch.from_numpy(stride).to(extent.device)
             before, padded = back, padded or bool((index < 0).any())
-            rows, step = torch.from_numpy(index).to(device), torch.from_numpy(stride).to(device)
         if rows is None and slots is None:
             views.append(None)
             continue
-        if compact:
-            count = torch.from_numpy(past_real[:, None]).to(device) if slots is None else slots.counts + (past - known)
-            width = tokens if rows is None else rows.shape[1]
-            padding = 0 if rows is None else (rows < 0).sum(1, keepdim=True)
-            ranks = (count - padding + torch.arange(width, device=device)).clamp(min=0)
-        views.append(View(layer, rows, step, ranks, slots, known, past, tokens, batch, padded, device))
-    return Call(views, memory, plans is not None, past + tokens)
+        view = View(extent, slots, layer, rows, step, padded)
+        if past_counts is not None:
+            view.renumber(past_counts if slots is None else slots.counts + (extent.past - extent.known))
+        views.append(view)
+
+    def remember() -> Memory:
+        after = {view: Slots(view.keys, view.padded) for view in views if view is not None}
+        return Memory(extent.past + extent.tokens, [None if view is None else after[view] for view in views])
+
+    return Call(views, remember)
