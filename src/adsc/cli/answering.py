@@ -1,0 +1,268 @@
+"""Open a model, ask it about images dense and reduced, and take the figures. What ``demo`` and ``run`` share."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from transformers import AutoConfig
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.utils import logging
+
+from ..accounting import Cost, cost
+from ..config import ADSCConfig
+from ..errors import InputError
+from ..hf.checkpoint import load
+from ..hf.engine import compress
+from ..planning import Plan
+from ..report import tables
+from ..report.picture import Bar
+from ..schedule import Schedule
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def quiet() -> None:
+    """Errors only from transformers, and its loading bars only where someone watches."""
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def read_config(name: str) -> Any:
+    """The config of a folder, a ``config.json`` or a hub id. Reads no weights."""
+    path = Path(name).expanduser()
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise InputError(f"there is no {name!r}; give a folder, a config.json or a hub id like 'owner/name'")
+    try:
+        return AutoConfig.from_pretrained(path if path.exists() else name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the config of {name!r}: {str(error).strip().splitlines()[0]}") from error
+
+
+def changes(num_layers: int, retain: str | None, schedule: str | None, **others: Any) -> dict[str, Any]:
+    """The fields of an :class:`ADSCConfig` that the options set (``None``: not given), checked for the model."""
+    if retain is not None and schedule is not None:
+        raise InputError("--retain and --schedule both say how much stays; give one of them")
+    given = {name: value for name, value in others.items() if value is not None}
+    if schedule is not None:
+        given["schedule"] = Schedule.parse(schedule).validate(num_layers)
+    elif retain is not None:
+        given["schedule"] = Schedule.for_budget(num_layers, retain)
+    if "schedule" in given and not given["schedule"]:
+        raise InputError("this reduces nothing; give a fraction below 1, or at least one reduction like 3:1/2")
+    ADSCConfig(**{"schedule": Schedule.none(), **given})
+    return given
+
+
+def reduction(base: ADSCConfig, changes: dict[str, Any]) -> ADSCConfig:
+    """``base`` with some of its fields changed, as a plain config."""
+    return ADSCConfig(**{**fields(base), **changes})
+
+
+def fields(config: ADSCConfig) -> dict[str, Any]:
+    """The fields of a config, as JSON values."""
+    return {"schedule": str(config.schedule)} | {key: getattr(config, key) for key in ("pattern", "positions", "seed")}
+
+
+def open_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any, ADSCConfig | None]:
+    """Model, processor, and the reduction saved beside them, if there is one; it is not attached."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used ({reason}); try cpu or cuda") from None
+    model, processor = load(Path(name).expanduser() if Path(name).expanduser().exists() else name, dtype=dtype)
+    saved = None
+    if (handle := getattr(model, "adsc", None)) is not None:
+        saved = handle.method
+        handle.remove()
+    return model.to(device), processor, saved
+
+
+def build_inputs(model: Any, processor: Any, prompt: str, images: Sequence[Image.Image]) -> Any:
+    """Keywords of ``generate`` for one user turn. Images go where the prompt has placeholders, else before it."""
+    if not images:
+        raise InputError("no image was given; add --image FILE, once for each image")
+    placeholder = processor.image_token
+    pieces = prompt.split(placeholder)
+    if len(pieces) == 1:
+        pieces = [""] * len(images) + pieces
+    if len(pieces) != len(images) + 1:
+        raise InputError(
+            f"the prompt has {len(pieces) - 1} image placeholders ({placeholder}) for {len(images)} images; "
+            "write one for each image, or none at all"
+        )
+    content: list[dict[str, Any]] = []
+    for index, piece in enumerate(pieces):
+        content += [{"type": "image", "image": images[index - 1]}] if index else []
+        content += [{"type": "text", "text": piece}] if piece.strip() else []
+    chat = [{"role": "user", "content": content}]
+    try:
+        inputs = processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+    except ValueError as error:  # no chat template, an image of impossible proportions, …
+        raise InputError(f"the model's processor refuses this prompt: {str(error).splitlines()[0]}") from error
+    return inputs.to(model.device, dtype=model.dtype)
+
+
+def seen(processor: Any, inputs: Any, images: Sequence[Image.Image]) -> list[Image.Image]:
+    """The images as the model sees them, resized and cropped, where its pixels are whole images."""
+    pixels, steps = inputs["pixel_values"], processor.image_processor
+    if pixels.ndim != 4 or len(pixels) != len(images):
+        return list(images)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (steps.image_mean, steps.image_std))
+    pixels = (pixels.float().cpu() * std + mean).clamp(0, 1) * 255
+    return [Image.fromarray(each.round().byte().permute(1, 2, 0).numpy()) for each in pixels]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said, in how many tokens, and the seconds from inputs to the last of them."""
+
+    text: str
+    tokens: int
+    seconds: float
+
+
+def answer(model: Any, processor: Any, inputs: Any, config: ADSCConfig | None, max_new_tokens: int) -> Answer:
+    """Greedy answer, reduced by ``config`` or dense for ``None``."""
+    with nullcontext() if config is None else compress(model, config):
+        output, seconds = _generate(model, inputs, max_new_tokens)
+    new = output.sequences[0, inputs["input_ids"].shape[1] :]
+    return Answer(processor.decode(new, skip_special_tokens=True).strip(), len(new), seconds)
+
+
+def _generate(model: Any, inputs: Any, max_new_tokens: int) -> tuple[Any, float]:
+    start = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
+        )
+    output.sequences.cpu()  # waits for the device
+    return output, time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What a reduction saved on one prompt.
+
+    Attributes
+    ----------
+    plan
+        The kept tokens.
+    cost
+        FLOPs by formula, ``None`` for a model that the cost model does not know.
+    kv_bytes
+        Bytes of storage that the cache holds after the prefill, dense and reduced; measured.
+    seconds
+        Medians of the time to the first token, dense and reduced: vision encoder and prefill, no image processing.
+    time_ratio
+        Median of the ratios reduced / dense of runs that followed each other.
+    rounds
+        How many such pairs were run.
+    """
+
+    plan: Plan
+    cost: Cost | None
+    kv_bytes: tuple[int, int]
+    seconds: tuple[float, float]
+    time_ratio: float
+    rounds: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        dense_seconds, reduced_seconds = self.seconds
+        return {
+            "retained": float(self.plan.retained),
+            "tokens_per_layer": self.plan.tokens_per_layer(),
+            "vision_tokens_per_layer": self.plan.vision_tokens_per_layer(),
+            "kv_bytes": {"dense": self.kv_bytes[0], "reduced": self.kv_bytes[1]},
+            "seconds_to_first_token": {
+                "dense": dense_seconds,
+                "reduced": reduced_seconds,
+                "median_ratio": self.time_ratio,
+                "rounds": self.rounds,
+            },
+            "cost": self.cost and self.cost.to_dict(),
+        }
+
+    def bars(self) -> list[Bar]:
+        """The costs to show side by side."""
+        bars = []
+        if self.cost is not None:
+            dense, reduced = self.cost.dense.prefill, self.cost.reduced.prefill
+            for name, one, other in (
+                ("prefill FLOPs", dense.total, reduced.total),
+                ("LLM prefill FLOPs", dense.llm, reduced.llm),
+            ):
+                bars.append(Bar(name, tables.si(one, "FLOP"), tables.si(other, "FLOP"), other / one))
+        bars.append(Bar("KV cache", *(tables.si(n, "B") for n in self.kv_bytes), self.kv_bytes[1] / self.kv_bytes[0]))
+        bars.append(Bar("time to first token", *(f"{1e3 * s:.1f} ms" for s in self.seconds), self.time_ratio))
+        return bars
+
+    def show(self, console: Console) -> None:
+        """Print for people."""
+        console.print(tables.layers([self.plan.layout.length] * self.plan.num_layers, self.plan.tokens_per_layer()), "")
+        table = tables.side_by_side("")
+        for bar in self.bars():
+            tables.add_cost(table, bar.name, bar.dense, bar.reduced, bar.ratio)
+        console.print(table)
+        console.print(f"\n{tables.describe(self.plan)}", soft_wrap=True)
+
+
+def measure(model: Any, inputs: Any, config: ADSCConfig, rounds: int, seconds: float) -> Savings:
+    """Compare the prefill of one prompt, dense and reduced in turn: ``rounds`` times, or until ``seconds`` are up."""
+    times: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    while not times or (len(times) < rounds and time.perf_counter() - start < seconds):
+        dense, dense_seconds = _generate(model, inputs, 1)
+        with compress(model, config) as handle:
+            reduced, reduced_seconds = _generate(model, inputs, 1)
+            (plan,) = handle.last_plans
+        times.append((dense_seconds, reduced_seconds))
+        kv_bytes = _kv_bytes(dense.past_key_values), _kv_bytes(reduced.past_key_values)
+    try:
+        figures = cost(model.config, plan=plan, dtype=model.dtype, tiles=_tiles(model.config, inputs))
+    except InputError:
+        figures = None
+    columns = np.array(times)
+    return Savings(
+        plan=plan,
+        cost=figures,
+        kv_bytes=kv_bytes,
+        seconds=(statistics.median(columns[:, 0].tolist()), statistics.median(columns[:, 1].tolist())),
+        time_ratio=statistics.median((columns[:, 1] / columns[:, 0]).tolist()),
+        rounds=len(times),
+    )
+
+
+def _kv_bytes(cache: Any) -> int:
+    return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def _tiles(config: Any, inputs: Any) -> list[int] | None:
+    if config.model_type != "llava_next":
+        return None
+    pinpoints, tile = config.image_grid_pinpoints, config.vision_config.image_size
+    return [image_size_to_num_patches(size, pinpoints, tile) for size in inputs["image_sizes"].tolist()]
+
+
+def console(stderr: bool = False) -> Console:
+    """Standard output, or the error stream for progress."""
+    return Console(stderr=stderr, highlight=False)
