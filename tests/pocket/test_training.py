@@ -79,7 +79,9 @@ def test_a_grown_model_computes_the_same(model, processor):
 
 @pytest.mark.parametrize("stage", ["decoder", "tower", "join"])
 def test_a_resumed_stage_ends_like_an_undisturbed_one(stage, tmp_path):
-    recipe = Recipe(steps=4, batch=2, layers=2, questions=3, warmup=2, vision_tokens=(32, 48), bf16=False, code_loss=0.1)
+    recipe = Recipe(
+        steps=4, batch=2, layers=2, questions=3, warmup=2, vision_tokens=(32, 48), bf16=False, code_loss=0.1
+    )
     train(stage, recipe, tmp_path / "whole", [])
 
     class Killed(Exception):

@@ -48,7 +48,9 @@ def _nothing(model: LlavaForConditionalGeneration, processor: Any, images: list[
 
 def _noise(model: LlavaForConditionalGeneration, processor: Any, images: list[Image.Image]) -> Tensor:
     rng = random.Random(0)
-    return see(model, processor, [Image.frombytes("RGB", i.size, rng.randbytes(3 * i.width * i.height)) for i in images])
+    return see(
+        model, processor, [Image.frombytes("RGB", i.size, rng.randbytes(3 * i.width * i.height)) for i in images]
+    )
 
 
 def _shrunk(model: LlavaForConditionalGeneration, processor: Any, images: list[Image.Image]) -> Tensor:

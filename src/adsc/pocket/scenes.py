@@ -29,7 +29,32 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = ("small", "large")
 RADIUS = {"small": 6.0, "large": 10.0}
-WORDS = ["BANK", "CAFE", "HOTEL", "TAXI", "OPEN", "EXIT", "PARK", "SHOP", "FOOD", "MILK", "NEWS", "TOUR", "SALE", "STOP", "LAMP", "FIRE", "GATE", "HILL", "LAKE", "MOON", "NORTH", "PORT", "ROAD", "TRAIN"]
+WORDS = [
+    "BANK",
+    "CAFE",
+    "HOTEL",
+    "TAXI",
+    "OPEN",
+    "EXIT",
+    "PARK",
+    "SHOP",
+    "FOOD",
+    "MILK",
+    "NEWS",
+    "TOUR",
+    "SALE",
+    "STOP",
+    "LAMP",
+    "FIRE",
+    "GATE",
+    "HILL",
+    "LAKE",
+    "MOON",
+    "NORTH",
+    "PORT",
+    "ROAD",
+    "TRAIN",
+]
 CHARACTERS = tuple("0123456789" + "".join(sorted(set("".join(WORDS)))))
 
 CHAR_WIDTH = 8  # pixels from one printed character to the next, so that no patch holds two centres
@@ -89,10 +114,10 @@ class Scene:
     word: Sign
 
 
-def scene(seed: int) -> Scene:
+def scene(seed: int, most: int = 9) -> Scene:
     """The scene of a seed: 5 to 9 objects that may partly overlap, a number of three digits and a word.
 
-    Each scene draws its objects from a few colours and a few shapes, so that counts above one are common.
+    ``most`` limits the objects (easy scenes, to begin a training with). Each scene draws its objects from a few colours and a few shapes, so that counts above one are common.
     """
     rng = random.Random(seed)
     kind = rng.choice(("plain", "vertical", "horizontal", "stripes", "checks"))
@@ -113,7 +138,7 @@ def scene(seed: int) -> Scene:
         signs.append(sign)
     colors = rng.sample(list(COLORS), rng.randint(3, 5))
     shapes = rng.sample(SHAPES, rng.randint(3, 5))
-    wanted, things = rng.randint(5, 9), list[Thing]()
+    wanted, things = min(rng.randint(5, 9), most), list[Thing]()
     for _ in range(400):
         if len(things) == wanted:
             break

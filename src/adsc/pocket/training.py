@@ -30,7 +30,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,33 +118,39 @@ class Recipe:
     """Share of the steps after which all vision tokens are fed."""
     code_loss: float = 0.0
     """Weight of the tower's code loss beside the answers' (stage ``join``)."""
+    easy_scenes: int = 0
+    """Over so many scenes, objects (and vision tokens) grow from few to all: with few, what a word points at is found soon."""
     bf16: bool = True
     workers: int = 0
     evaluate_every: int = 200
     minutes: float | None = None
     """Stop (and decay) by the clock instead of by steps."""
 
+    def tokens_fed(self, step: int, done: float) -> int:
+        """Vision tokens of step ``step``, a multiple of 16; ``done`` is the share of the training that lies behind."""
+        if done >= self.full_from:
+            return TOKENS
+        ease = min(1.0, step * self.batch / self.easy_scenes) if self.easy_scenes else 1.0
+        count = random.Random(step).uniform(*self.vision_tokens)
+        return 16 * round((16 + (count - 16) * ease) / 16)
+
 
 class Scenes(Dataset[dict[str, Any]]):
-    """Item i is scene ``first + stride * i``: its facts, pixels and questions, a pure function of i."""
+    """Item i is scene ``first + i``: its facts, pixels and questions, a pure function of i.
+
+    Over the first ``easy`` items the objects grow from two to all.
+    """
 
     def __init__(
-        self,
-        first: int,
-        count: int,
-        tokenizer: PreTrainedTokenizerFast | None,
-        per_scene: int,
-        images: bool,
-        stride: int = 1,
+        self, first: int, tokenizer: PreTrainedTokenizerFast | None, per_scene: int, images: bool, easy: int = 0
     ) -> None:
-        self.first, self.count, self.tokenizer, self.per_scene, self.images = first, count, tokenizer, per_scene, images
-        self.stride = stride
+        self.first, self.tokenizer, self.per_scene, self.images, self.easy = first, tokenizer, per_scene, images, easy
 
     def __len__(self) -> int:
-        return self.count
+        return 1_000_000_000
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        drawn = scene(self.first + self.stride * i)
+        drawn = scene(self.first + i, 9 if i >= self.easy else 2 + 7 * i // self.easy)
         item: dict[str, Any] = {"facts": facts(drawn)}
         if self.images:
             item["pixels"] = pixels(render(drawn))
@@ -197,6 +203,18 @@ def see(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
     """Projected vision tokens (rows, 256, width) of pixels (rows, 3, 128, 128)."""
     hidden = model.model.vision_tower(images).last_hidden_state[:, 1:]
     return model.model.multi_modal_projector(hidden)
+
+
+@torch.no_grad()
+def name_codes(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, codes: Tensor) -> None:
+    """Start the embeddings of words and digits at the codes they name, so that the decoder need not learn a dictionary first."""
+    for fact, index in FACTS.items():
+        word = fact.removeprefix("character ").lower()
+        for text in (word, f" {word}", f" {word}s", f" {word}es"):
+            ids = tokenizer(text)["input_ids"]
+            if len(ids) == 1 and (len(word) > 1 or word.isdigit()):
+                model.get_input_embeddings().weight[ids[0]] = codes[index]
+                model.lm_head.weight[ids[0]] = codes[index]
 
 
 def grow(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
@@ -337,8 +355,11 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
     model.set_attn_implementation("eager")
     for start in starts:
         model.load_state_dict(grow(load_file(start), recipe.layers), strict=False)
+    codes = codebook(model.config.text_config.hidden_size)
+    if not starts:
+        name_codes(model, tokenizer, codes)
     model.to(where).train()
-    codes = codebook(model.config.text_config.hidden_size).to(where)
+    codes = codes.to(where)
     decoder: list[nn.Module] = [model.model.language_model, model.lm_head]
     tower: list[nn.Module] = [model.model.vision_tower, model.model.multi_modal_projector]
     modules = {"decoder": decoder, "tower": tower, "join": decoder + tower}[stage]
@@ -364,20 +385,18 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
 
     asks, images = stage != "tower", stage != "decoder"
     first = SPLIT_SEEDS["train"] + {"decoder": 0, "tower": 5_000_000, "join": 10_000_000}[stage] + seed * 50_000_000
-    share = recipe.batch // world
-    data = Scenes(
-        first + state["step"] * recipe.batch + rank,
-        1_000_000_000,
-        tokenizer if asks else None,
-        recipe.questions,
-        images,
-        world,
-    )
+    data = Scenes(first, tokenizer if asks else None, recipe.questions, images, recipe.easy_scenes)
     batches: Iterator[dict[str, Any]] = iter(
-        DataLoader(data, share, collate_fn=collate, num_workers=recipe.workers, persistent_workers=recipe.workers > 0)
+        DataLoader(
+            data,
+            recipe.batch // world,
+            sampler=range(state["step"] * recipe.batch + rank, len(data), world),
+            collate_fn=collate,
+            num_workers=recipe.workers,
+        )
     )
-    held_out = Scenes(SPLIT_SEEDS["validation"], 128, tokenizer if asks else None, recipe.questions, images)
-    validation: DataLoader[Any] = DataLoader(held_out, 32, collate_fn=collate)
+    held_out = Scenes(SPLIT_SEEDS["validation"], tokenizer if asks else None, recipe.questions, images)
+    validation: DataLoader[Any] = DataLoader(held_out, 32, sampler=range(128), collate_fn=collate)
     begun, saved, losses = time.monotonic() - state["seconds"], time.monotonic(), list[float]()
     columns = (
         TextColumn(stage),
@@ -408,11 +427,7 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
                             part = code_loss(features.float(), batch["facts"], codes)
                         loss = loss + part * (1.0 if stage == "tower" else recipe.code_loss)
                     if asks:
-                        count = (
-                            TOKENS
-                            if done >= recipe.full_from
-                            else 16 * round(random.Random(step).uniform(*recipe.vision_tokens) / 16)
-                        )
+                        count = recipe.tokens_fed(step, done)
                         chosen = None
                         if count < TOKENS:
                             chosen = choose_tokens(batch["facts"], count, seed=step)
@@ -448,6 +463,22 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
             save()
 
 
+def export(weights: Path, folder: Path) -> None:
+    """Write a checkpoint that loads like any from the hub: weights in half precision, loaded as float32."""
+    processor = build_processor()
+    tensors = load_file(weights)
+    layers = 1 + max(int(m[1]) for n in tensors if (m := re.search(r"language_model\.layers\.(\d+)", n)))
+    model = build_model(len(processor.tokenizer), num_hidden_layers=layers)
+    model.load_state_dict(tensors)
+    model.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = "float32"
+    for part in ("text_config", "vision_config"):
+        config[part].pop("dtype", None)
+    write_json(folder / "config.json", config)
+    processor.save_pretrained(folder)
+
+
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -459,6 +490,7 @@ def main() -> None:
         "--stage", choices=("decoder", "tower", "join"), action="append", help="default: all three, in order"
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/pocket"))
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the joined model as a checkpoint, and end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int)
@@ -470,6 +502,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     signal.signal(signal.SIGTERM, _interrupt)  # a polite kill saves a checkpoint, as Ctrl-C does
+    if arguments.export:
+        export(arguments.folder / "join" / "model.safetensors", arguments.export)
+        return
     recipes = yaml.safe_load(arguments.recipe.read_text())
     for stage in arguments.stage or ("decoder", "tower", "join"):
         starts = [arguments.folder / s / "model.safetensors" for s in ("decoder", "tower")] if stage == "join" else []

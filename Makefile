@@ -1,0 +1,35 @@
+# One environment does it all: the first target that needs it makes it.
+VENV ?= .venv
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-oldest lint pocket clean
+
+demo: $(READY)  ## the model in the box answers questions, dense and reduced
+	$(VENV)/bin/adsc demo
+
+test: $(READY)  ## all tests
+	$(VENV)/bin/python -m pytest -q $(PYTEST)
+
+test-oldest:  ## the engine's tests with the oldest transformers that is supported
+	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt PYTEST="tests/hf tests/accounting"
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+pocket: $(READY)  ## train the model in the box from nothing (hours on two cores, minutes on a GPU; goes on after a kill)
+	$(VENV)/bin/torchrun --nproc-per-node 2 -m adsc.pocket.training recipes/pocket.yaml --threads 1
+	$(VENV)/bin/python -m adsc.pocket.training recipes/pocket.yaml --export src/adsc/pocket/model
+	$(VENV)/bin/python -m adsc.pocket.evaluation
+
+$(READY): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --upgrade pip
+	$(VENV)/bin/python -m pip install -q -c $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-oldest build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
