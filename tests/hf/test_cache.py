@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import adsc
 
 from .oracle import attention, kept_positions, masked_dense
-from .tiny import LAYERS, SCHEDULE, TINY, Batch, batch, case, model
+from .tiny import IMAGE, LAYERS, SCHEDULE, TINY, Batch, batch, case, model
 
 FAMILIES = list(TINY)
 OLD = Version(transformers.__version__) < Version("5.20")
@@ -162,6 +162,42 @@ def test_two_turns_on_one_cache(family, implementation, new_image):
     assert [layer.keys.shape[-2] for layer in cache.layers] == longest(kept) == storage_tokens(cache)
     for layer, was in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys[..., : was.shape[-2], :], was)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_turns_in_a_ragged_batch(family, implementation):
+    """The first turn leaves padding in the reduced caches, the second adds none, and then decoding goes on."""
+    network, tiny = model(family), TINY[family]
+    image = tiny.images[0]
+    first = case(family, "text_beside_image")
+    turn = batch(family, [[2, image, 3], [3, image, 2]], seed=7)
+    whole = {name: torch.cat((first.inputs[name], turn.inputs[name]), 1) for name in ("input_ids",)}
+    for name in first.inputs.keys() - {"input_ids", "mm_token_type_ids"}:  # images come row by row
+        pixels, new = first.inputs[name], turn.inputs[name].split(first.inputs[name].shape[0])
+        whole[name] = torch.cat((pixels, *new))
+    whole["input_ids"] = torch.cat((whole["input_ids"], torch.tensor([[5], [6]])), 1)
+    past, new = (made.inputs["input_ids"].shape[1] for made in (first, turn))
+    kept = [
+        [[*a, *(past + place for place in b), past + new] for a, b in zip(*rows, strict=True)]
+        for rows in zip(kept_positions(first), kept_positions(turn), strict=True)
+    ]
+    positions = [{}, {}, {}]
+    if family == "qwen2_5_vl":
+        whole["mm_token_type_ids"] = (whole["input_ids"] == IMAGE).int()
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        parts = mrope(network, whole).split([past, new, 1], -1)
+        positions = [{"position_ids": part} for part in parts]
+    expected = masked_dense(network, whole, kept)
+    cache = DynamicCache()
+    second = {name: value for name, value in turn.inputs.items() if name != "attention_mask"}
+    with attention(network, implementation), torch.no_grad(), adsc.compress(network, SCHEDULE):
+        network(**first.inputs, **positions[0], past_key_values=cache)
+        logits = network(**second, **positions[1], past_key_values=cache).logits[:, -1]
+        step = network(input_ids=whole["input_ids"][:, -1:], **positions[2], past_key_values=cache).logits[:, -1]
+    assert (logits - expected[:, -2]).abs().max() <= 1e-5
+    assert (step - expected[:, -1]).abs().max() <= 1e-5
+    assert storage_tokens(cache) == longest(kept)
 
 
 def test_a_chat_by_generate_with_an_image_in_each_turn():

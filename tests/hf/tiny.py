@@ -104,7 +104,7 @@ def build_llava_next() -> torch.nn.Module:
     return transformers.LlavaNextForConditionalGeneration(config)
 
 
-# Of tiles of 3 x 3 patches: a wide image in 1 x 2 tiles, a square one in 2 x 2, a tall one in 2 x 1 without its padding.
+# In tiles of 3 x 3 patches: a wide image (1 x 2 tiles), a square one (2 x 2), a tall one (2 x 1, its padding cut off).
 NEXT = {Image(6, 12): (2, [9 + 3 * 7]), Image(12, 12): (4, [9 + 6 * 7]), Image(12, 2): (2, [9 + 6 * 2])}
 
 
