@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -73,14 +74,11 @@ def _guarded(command: Callable[..., dict[str, Any]]) -> Callable[..., None]:
                 print(json.dumps(report))
             else:
                 command(as_json=False, debug=debug, **options)
-        except typer.Exit:
+        except (typer.Exit, BrokenPipeError):
             raise
         except KeyboardInterrupt:
             _say("interrupted")
             raise typer.Exit(130) from None
-        except BrokenPipeError:  # whoever read our output has gone
-            sys.stdout = None  # type: ignore[assignment]
-            raise typer.Exit(1) from None
         except Exception as error:
             if debug:
                 raise
@@ -99,4 +97,7 @@ def _say(text: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``adsc``; raises SystemExit with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without ✓ or █ gets a question mark
+            stream.reconfigure(errors="replace")
     app(arguments, prog_name="adsc")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
 from rich.console import Console
 from transformers import AutoConfig
@@ -25,8 +26,8 @@ from ..errors import InputError
 from ..hf.checkpoint import load
 from ..hf.engine import compress
 from ..planning import Plan
-from ..report import tables
 from ..report.picture import Bar
+from ..report.tables import add_cost, describe, layers, si, side_by_side
 from ..schedule import Schedule
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -35,18 +36,19 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def quiet() -> None:
     """Errors only from transformers, and its loading bars only where someone watches."""
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 
 
 def read_config(name: str) -> Any:
     """The config of a folder, a ``config.json`` or a hub id. Reads no weights."""
-    path = Path(name).expanduser()
+    path = Path(name)
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise InputError(f"there is no {name!r}; give a folder, a config.json or a hub id like 'owner/name'")
     try:
         return AutoConfig.from_pretrained(path if path.exists() else name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise InputError(f"cannot read the config of {name!r}: {str(error).strip().splitlines()[0]}") from error
 
 
@@ -65,16 +67,6 @@ def changes(num_layers: int, retain: str | None, schedule: str | None, **others:
     return given
 
 
-def reduction(base: ADSCConfig, changes: dict[str, Any]) -> ADSCConfig:
-    """``base`` with some of its fields changed, as a plain config."""
-    return ADSCConfig(**{**fields(base), **changes})
-
-
-def fields(config: ADSCConfig) -> dict[str, Any]:
-    """The fields of a config, as JSON values."""
-    return {"schedule": str(config.schedule)} | {key: getattr(config, key) for key in ("pattern", "positions", "seed")}
-
-
 def open_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any, ADSCConfig | None]:
     """Model, processor, and the reduction saved beside them, if there is one; it is not attached."""
     if dtype not in DTYPES:
@@ -86,7 +78,7 @@ def open_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[An
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {device!r} cannot be used ({reason}); try cpu or cuda") from None
-    model, processor = load(Path(name).expanduser() if Path(name).expanduser().exists() else name, dtype=dtype)
+    model, processor = load(name, dtype=dtype)
     saved = None
     if (handle := getattr(model, "adsc", None)) is not None:
         saved = handle.method
@@ -96,8 +88,6 @@ def open_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[An
 
 def build_inputs(model: Any, processor: Any, prompt: str, images: Sequence[Image.Image]) -> Any:
     """Keywords of ``generate`` for one user turn. Images go where the prompt has placeholders, else before it."""
-    if not images:
-        raise InputError("no image was given; add --image FILE, once for each image")
     placeholder = processor.image_token
     pieces = prompt.split(placeholder)
     if len(pieces) == 1:
@@ -133,29 +123,28 @@ def seen(processor: Any, inputs: Any, images: Sequence[Image.Image]) -> list[Ima
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said, in how many tokens, and the seconds from inputs to the last of them."""
+    """What a model said, and in how many tokens."""
 
     text: str
     tokens: int
-    seconds: float
 
 
 def answer(model: Any, processor: Any, inputs: Any, config: ADSCConfig | None, max_new_tokens: int) -> Answer:
     """Greedy answer, reduced by ``config`` or dense for ``None``."""
-    with nullcontext() if config is None else compress(model, config):
-        output, seconds = _generate(model, inputs, max_new_tokens)
+    output, *_ = _generate(model, inputs, config, max_new_tokens)
     new = output.sequences[0, inputs["input_ids"].shape[1] :]
-    return Answer(processor.decode(new, skip_special_tokens=True).strip(), len(new), seconds)
+    return Answer(processor.decode(new, skip_special_tokens=True).strip(), len(new))
 
 
-def _generate(model: Any, inputs: Any, max_new_tokens: int) -> tuple[Any, float]:
-    start = time.perf_counter()
-    with torch.inference_mode():
+def _generate(model: Any, inputs: Any, config: ADSCConfig | None, tokens: int) -> tuple[Any, float, list[Plan]]:
+    """What ``generate`` returns, the seconds it took, and the plans of a reduced prefill."""
+    with nullcontext() if config is None else compress(model, config) as handle, torch.inference_mode():
+        start = time.perf_counter()
         output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
+            **inputs, max_new_tokens=tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
         )
-    output.sequences.cpu()  # waits for the device
-    return output, time.perf_counter() - start
+        output.sequences.cpu()  # waits for the device
+        return output, time.perf_counter() - start, handle.last_plans if handle else []
 
 
 @dataclass(frozen=True)
@@ -204,50 +193,48 @@ class Savings:
 
     def bars(self) -> list[Bar]:
         """The costs to show side by side."""
-        bars = []
+        rows = []
         if self.cost is not None:
             dense, reduced = self.cost.dense.prefill, self.cost.reduced.prefill
-            for name, one, other in (
-                ("prefill FLOPs", dense.total, reduced.total),
-                ("LLM prefill FLOPs", dense.llm, reduced.llm),
-            ):
-                bars.append(Bar(name, tables.si(one, "FLOP"), tables.si(other, "FLOP"), other / one))
-        bars.append(Bar("KV cache", *(tables.si(n, "B") for n in self.kv_bytes), self.kv_bytes[1] / self.kv_bytes[0]))
-        bars.append(Bar("time to first token", *(f"{1e3 * s:.1f} ms" for s in self.seconds), self.time_ratio))
+            rows += [("prefill FLOPs", dense.total, reduced.total), ("LLM prefill FLOPs", dense.llm, reduced.llm)]
+        bars = [Bar(name, si(one, "FLOP"), si(other, "FLOP"), other / one) for name, one, other in rows]
+        one, other = self.kv_bytes
+        bars.append(Bar("KV cache", si(one, "B"), si(other, "B"), other / one))
+        first, second = (f"{1e3 * seconds:.1f} ms" for seconds in self.seconds)
+        bars.append(Bar("time to first token", first, second, self.time_ratio))
         return bars
 
     def show(self, console: Console) -> None:
         """Print for people."""
-        console.print(tables.layers([self.plan.layout.length] * self.plan.num_layers, self.plan.tokens_per_layer()), "")
-        table = tables.side_by_side("")
+        console.print(layers([self.plan.layout.length] * self.plan.num_layers, self.plan.tokens_per_layer()), "")
+        table = side_by_side("")
         for bar in self.bars():
-            tables.add_cost(table, bar.name, bar.dense, bar.reduced, bar.ratio)
+            add_cost(table, bar.name, bar.dense, bar.reduced, bar.ratio)
         console.print(table)
-        console.print(f"\n{tables.describe(self.plan)}", soft_wrap=True)
+        console.print(f"\n{describe(self.plan)}", soft_wrap=True)
 
 
 def measure(model: Any, inputs: Any, config: ADSCConfig, rounds: int, seconds: float) -> Savings:
     """Compare the prefill of one prompt, dense and reduced in turn: ``rounds`` times, or until ``seconds`` are up."""
-    times: list[tuple[float, float]] = []
+    pairs: list[tuple[float, float]] = []
     start = time.perf_counter()
-    while not times or (len(times) < rounds and time.perf_counter() - start < seconds):
-        dense, dense_seconds = _generate(model, inputs, 1)
-        with compress(model, config) as handle:
-            reduced, reduced_seconds = _generate(model, inputs, 1)
-            (plan,) = handle.last_plans
-        times.append((dense_seconds, reduced_seconds))
-        kv_bytes = _kv_bytes(dense.past_key_values), _kv_bytes(reduced.past_key_values)
+    while not pairs or (len(pairs) < rounds and time.perf_counter() - start < seconds):
+        # Which of the two goes first changes each time, so that a drift of the machine favours neither.
+        order = (None, config) if len(pairs) % 2 else (config, None)
+        ran = {how is None: _generate(model, inputs, how, 1) for how in order}
+        (dense, dense_seconds, _), (reduced, reduced_seconds, (plan,)) = ran[True], ran[False]
+        pairs.append((dense_seconds, reduced_seconds))
     try:
         figures = cost(model.config, plan=plan, dtype=model.dtype, tiles=_tiles(model.config, inputs))
     except InputError:
         figures = None
-    columns = np.array(times)
+    times = np.array(pairs)
     return Savings(
         plan=plan,
         cost=figures,
-        kv_bytes=kv_bytes,
-        seconds=(statistics.median(columns[:, 0].tolist()), statistics.median(columns[:, 1].tolist())),
-        time_ratio=statistics.median((columns[:, 1] / columns[:, 0]).tolist()),
+        kv_bytes=(_kv_bytes(dense.past_key_values), _kv_bytes(reduced.past_key_values)),
+        seconds=tuple(np.median(times, axis=0).tolist()),
+        time_ratio=float(np.median(times[:, 1] / times[:, 0])),
         rounds=len(times),
     )
 
@@ -261,8 +248,3 @@ def _tiles(config: Any, inputs: Any) -> list[int] | None:
         return None
     pinpoints, tile = config.image_grid_pinpoints, config.vision_config.image_size
     return [image_size_to_num_patches(size, pinpoints, tile) for size in inputs["image_sizes"].tolist()]
-
-
-def console(stderr: bool = False) -> Console:
-    """Standard output, or the error stream for progress."""
-    return Console(stderr=stderr, highlight=False)

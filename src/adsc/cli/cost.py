@@ -71,12 +71,13 @@ def _vision_tokens(config: Any) -> int:
         raise InputError(f"the config of {config.model_type} does not say how many vision tokens; give --vision-tokens")
     vision = config.vision_config
     count: int = (vision.image_size // vision.patch_size) ** 2
-    return count + (config.vision_feature_select_strategy == "full")
+    return count + int(config.vision_feature_select_strategy == "full")
 
 
 def _print(result: Any, name: str) -> None:
+    from rich.console import Console
+
     from ..report.tables import add_cost, layers, si, side_by_side
-    from .answering import console
 
     dense, reduced = result.dense, result.reduced
     rows = [
@@ -101,7 +102,7 @@ def _print(result: Any, name: str) -> None:
     for label, one, other, unit in rows[: None if result.decode_tokens else -1]:
         if one:
             add_cost(table, label, si(one, unit), si(other, unit), other / one)
-    out = console()
+    out = Console(highlight=False)
     out.print(
         f"{name}: {result.vision_tokens} vision and {result.text_tokens} text tokens, batch {result.batch}\n"
         f"schedule {result.schedule} ({result.pattern}), {100 * result.retained:.1f} % retained\n",

@@ -28,6 +28,8 @@ def command(
     debug: Debug = False,
 ) -> dict[str, Any]:
     """Ask the model in the box about a test scene, dense and reduced, and draw what was saved. Needs no network."""
+    from rich.console import Console
+
     from ..config import ADSCConfig
     from ..pocket import MODEL_FOLDER
     from ..report.picture import Exchange, check_target, draw
@@ -42,16 +44,14 @@ def command(
     layers = answering.read_config(str(MODEL_FOLDER)).get_text_config().num_hidden_layers
     changes = answering.changes(layers, retain, schedule, pattern=pattern, seed=seed)
     config = ADSCConfig(**{"schedule": Schedule.for_budget(layers, RETAIN), **changes})
-    console = answering.console(stderr=True)
-    with console.status("loading the model in the box") as status:
+    with Console(stderr=True).status("loading the model in the box") as status:
         model, processor, _ = answering.open_model(str(MODEL_FOLDER))
         asked = []
         for question in questions:
             status.update(f"asking: {question.text}")
             inputs = answering.build_inputs(model, processor, question.text, [image])
-            dense, reduced = (
-                answering.answer(model, processor, inputs, way, MAX_NEW_TOKENS).text for way in (None, config)
-            )
+            dense = answering.answer(model, processor, inputs, None, MAX_NEW_TOKENS).text
+            reduced = answering.answer(model, processor, inputs, config, MAX_NEW_TOKENS).text
             asked.append(Exchange(question.text, dense, reduced, question.answer))
         status.update("timing the two in turn")
         savings = answering.measure(model, inputs, config, ROUNDS, SECONDS)
@@ -66,13 +66,13 @@ def command(
         summary, describe(savings.plan),
     )  # fmt: skip
     if not as_json:
-        console = answering.console()
+        console = Console(highlight=False)
         _print(console, image_index, [question.task for question in questions], asked)
         savings.show(console)
         console.print(f"{summary}\npicture: {out}", soft_wrap=True)
     return {
         "image_index": image_index,
-        **answering.fields(config),
+        "reduction": config.to_dict(),
         "questions": [
             {"task": question.task, "question": each.question, "answer": each.truth, "dense": each.dense}
             | {"reduced": each.reduced}

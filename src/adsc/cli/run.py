@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,8 @@ def command(
     if picture:
         check_target(picture)
     images = [open_image(path) for path in image]
+    from rich.console import Console
+
     from ..config import ADSCConfig
     from ..hf.families import family_of
     from ..pocket import MODEL_FOLDER
@@ -62,9 +65,9 @@ def command(
     family_of(served)  # refuses before weights are fetched
     layers = served.get_text_config(decoder=True).num_hidden_layers
     changes = answering.changes(layers, retain, schedule, pattern=pattern, positions=positions, seed=seed)
-    with answering.console(stderr=True).status(f"loading {model or 'the model in the box'}") as status:
+    with Console(stderr=True).status(f"loading {model or 'the model in the box'}") as status:
         net, processor, saved = answering.open_model(name, device, dtype)
-        config = answering.reduction(saved or ADSCConfig(Schedule.for_budget(layers, RETAIN)), changes)
+        config = replace(saved or ADSCConfig(Schedule.for_budget(layers, RETAIN)), **changes)
         inputs = answering.build_inputs(net, processor, prompt, images)
         answers = {}
         for way, how in (("dense", None), ("reduced", config)):
@@ -83,12 +86,12 @@ def command(
             describe(savings.plan),
         )  # fmt: skip
     if not as_json:
-        _print(answering.console(), answers, savings, picture)
+        _print(Console(highlight=False), answers, savings, picture)
     return {
         "model": name,
         "prompt": prompt,
         "images": [str(path) for path in image],
-        **answering.fields(config),
+        "reduction": config.to_dict(),
         **{way: vars(each) for way, each in answers.items()},
         **(savings.to_dict() if savings else {}),
         "picture": picture and str(picture),
@@ -108,7 +111,7 @@ def _print(console: Any, answers: dict[str, Any], savings: Any, picture: Path | 
     for way, each in answers.items():
         panel = Panel(Text(each.text), title=way, width=(console.width - 1) // 2)
         panel.border_style = "blue" if way == "reduced" else "dim"
-        panel.subtitle = f"{each.tokens} tokens in {each.seconds:.2f} s"
+        panel.subtitle = f"{each.tokens} tokens"
         panels.append(panel)
     console.print(Columns(panels, padding=(0, 1)))
     savings.show(console)

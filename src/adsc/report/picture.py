@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ DENSE, REDUCED, RIGHT, WRONG, INK, SOFT, PALE = (
 )  # fmt: skip
 WIDTH, MARGIN = 13.0, 0.4  # inches
 LINE = 0.2  # height of a line of text, in inches
-HEADING = {"size": 11.5, "weight": "bold", "color": INK}
+HEADING: dict[str, Any] = {"size": 11.5, "weight": "bold", "color": INK}
 MOST_IMAGES = 4
 MOST_LINES = 12  # of one answer
 
@@ -100,7 +101,21 @@ def draw(
         When the file cannot be written.
     """
     check_target(path)
+    _save(compose(images, plan, exchanges, bars, title, subtitle), path)
+
+
+def compose(
+    images: Sequence[Image.Image],
+    plan: Plan,
+    exchanges: Sequence[Exchange],
+    bars: Sequence[Bar],
+    title: str,
+    subtitle: str,
+) -> Figure:
+    """The figure that :func:`draw` saves."""
     shown = list(images[:MOST_IMAGES])
+    if len(shown) < len(images):
+        subtitle += f"; the first {MOST_IMAGES} of {len(images)} images"
     rows = [_Row(exchange) for exchange in exchanges]
     stages = len(plan.stages)
     panel = min(3.2, (WIDTH - 2 * MARGIN) / stages - 0.15)
@@ -126,7 +141,7 @@ def draw(
     left, width = 8.4, WIDTH - MARGIN - 8.4
     _draw_tokens(axes(left, top + panels + 0.32, width, 0.85), plan)
     _draw_bars(axes(left, top + panels + 1.65, width, 0.5 * len(bars)), bars)
-    _save(figure, path)
+    return figure
 
 
 def _save(figure: Figure, path: Path) -> None:
