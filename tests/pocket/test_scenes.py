@@ -104,7 +104,8 @@ def test_the_stored_test_split():
     assert len({image for image, _ in asked}) >= 2000 <= TEST_SCENES
     assert len(asked) >= 20_000
     tasks = Counter(q.task for _, q in asked)
-    assert set(tasks) == set(TASKS) and min(tasks.values()) >= 2000
+    assert set(tasks) == set(TASKS)
+    assert min(tasks.values()) >= 2000
     assert len({(image, q.text) for image, q in asked}) == len(asked)
     assert TEST_FILE.stat().st_size < 6 * 2**20
     for form in {(q.task, q.form) for _, q in asked}:
@@ -128,4 +129,5 @@ def test_splits_are_disjoint_and_load():
     assert starts[0] + TEST_SCENES < starts[1]
     for split in ("validation", "test"):
         rows = list(load(split, 12))
-        assert rows and all(isinstance(q, Question) and i.size == (128, 128) for i, asked in rows for q in asked)
+        assert rows
+        assert all(isinstance(q, Question) and i.size == (128, 128) for i, asked in rows for q in asked)

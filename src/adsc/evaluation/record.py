@@ -10,7 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("adsc-vlm", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "peft", "trl", "accelerate")
+PACKAGES = (
+    "adsc-vlm", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pillow", "peft", "trl", "accelerate",
+)  # fmt: skip
 
 
 def provenance(command: str, seed: int | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Build the model in the box, untrained: a LLaVA with a CLIP tower and a deep, thin Llama decoder, and its processor."""
+"""The model in the box, untrained: a LLaVA with a CLIP tower and a deep, thin Llama decoder; and its processor."""
 
 from __future__ import annotations
 
@@ -71,19 +71,23 @@ def build_processor() -> LlavaProcessor:
 def build_model(vocab_size: int, seed: int = 0, **decoder: Any) -> LlavaForConditionalGeneration:
     """A fresh model: 5 CLIP layers of width 128 over 16 x 16 patches, 20 Llama layers of width 128."""
     torch.manual_seed(seed)
-    text = dict(
-        hidden_size=128, intermediate_size=320, num_hidden_layers=20, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=4096, initializer_range=0.04, tie_word_embeddings=False,
-    )  # fmt: skip
+    text = {
+        "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 20, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "max_position_embeddings": 4096, "initializer_range": 0.04,
+        "tie_word_embeddings": False,
+        # Heads of 32 need slow rotations: with few, what is asked for cannot find what is 250 tokens away.
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, **decoder,
+    }  # fmt: skip
     config = LlavaConfig(
         text_config=LlamaConfig(
-            vocab_size=vocab_size, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=END, **{**text, **decoder}
+            vocab_size=vocab_size, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=END, **text
         ),
         vision_config=CLIPVisionConfig(
             hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4, image_size=IMAGE_SIZE,
             patch_size=PATCH_SIZE, initializer_range=0.04, projection_dim=128,
         ),
-        image_token_index=IMAGE, vision_feature_layer=-1, vision_feature_select_strategy="default", tie_word_embeddings=False,
+        image_token_index=IMAGE, vision_feature_layer=-1, vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     model.generation_config = GenerationConfig(

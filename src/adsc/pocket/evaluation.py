@@ -1,6 +1,6 @@
 """Does the model in the box see, and does it need its vision tokens?
 
-    python -m adsc.pocket.evaluation                 # all conditions on the stored test split, to results/pocket/test.json
+    python -m adsc.pocket.evaluation        # all conditions on the stored test split, to results/pocket/test.json
 
 Conditions: ``dense``, the model as it is; ``blind``, no image at all; ``noise``, an image of random pixels;
 ``other image``, another scene's; ``downsampled 1/9``, the image shrunk to a third of its side and enlarged again (all
@@ -11,7 +11,6 @@ vision tokens, position embeddings interpolated.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -138,7 +137,7 @@ def main() -> None:
         figures["conditions"][condition] = summary(rows, answers(model, processor, rows, condition))
     names = list(figures["conditions"])
     print(f"{'accuracy, %':12}" + "".join(f"{n:>24}" for n in [*names, "chance"]))
-    for task in sorted(figures["chance"]) + ["overall"]:
+    for task in [*sorted(figures["chance"]), "overall"]:
         cells = [figures["conditions"][n][task] for n in names]
         shown = [f"{100 * c['mean']:.1f} ± {100 * c['margin_95']:.1f}" for c in cells]
         shown.append(f"{100 * figures['chance'][task]:.1f}" if task in figures["chance"] else "")

@@ -26,8 +26,11 @@ def turn(tokenizer: PreTrainedTokenizerFast, question: Question) -> Turn:
 
 @dataclass
 class Packed:
-    """The text of some rows, each tensor (rows, length): ids, labels (-100 where not an answer), number of the question
-    (from 1; -1 in the padding) and position (the first one after the image is 0)."""
+    """The text of some rows; every tensor is (rows, length).
+
+    Ids, labels (-100 where not an answer), number of the question (from 1; -1 in the padding), and position (the first
+    one after the image is 0).
+    """
 
     text: Tensor
     labels: Tensor
@@ -38,7 +41,7 @@ class Packed:
         return Packed(*(t.to(device) for t in (self.text, self.labels, self.segment, self.position)))
 
     def correct(self, logits: Tensor) -> list[list[bool]]:
-        """For each row and question: is every token of the answer the likeliest one? (Greedy decoding gives it then.)"""
+        """For each row and question: is each token of the answer the likeliest? (Then greedy decoding gives it.)"""
         hits = torch.ones_like(self.labels, dtype=torch.bool)
         asked = self.labels != -100
         hits[asked] = logits.argmax(-1) == self.labels[asked]

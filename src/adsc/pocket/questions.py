@@ -179,7 +179,8 @@ def vocabulary() -> list[str]:
     """Every text the questions and answers can hold, for the tokenizer."""
     nouns = [*SHAPES, *(f"{s}s" for s in SHAPES), "crosses", *COLORS, *SIZES, *(w.lower() for w in WORDS)]
     wording = [
-        "is there a ?", "what size color shape is the one?", "how many objects are there?", "is the left of above the?",
-        "is the larger than the?", "are there more objects than objects?", "what number word is printed?", "where is the?", "yes no",
+        "is there a ?", "what size color shape is the one?", "how many objects are there?",
+        "is the left of above the?", "is the larger than the?", "are there more objects than objects?",
+        "what number word is printed?", "where is the?", "yes no",
     ]  # fmt: skip
     return [*wording, *nouns, *ROWS, *"0123456789"]

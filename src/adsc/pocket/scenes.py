@@ -117,7 +117,8 @@ class Scene:
 def scene(seed: int, most: int = 9) -> Scene:
     """The scene of a seed: 5 to 9 objects that may partly overlap, a number of three digits and a word.
 
-    ``most`` limits the objects (easy scenes, to begin a training with). Each scene draws its objects from a few colours and a few shapes, so that counts above one are common.
+    Each scene draws its objects from a few colours and a few shapes, so that counts above one are common. ``most``
+    limits the number of objects, for easy scenes to begin a training with.
     """
     rng = random.Random(seed)
     kind = rng.choice(("plain", "vertical", "horizontal", "stripes", "checks"))

@@ -1,6 +1,7 @@
-"""Train the model in the box as real multimodal LLMs are made: the decoder on text, the tower on patches, then both together.
+"""Train the model in the box as real multimodal LLMs are made: decoder on text, tower on patches, then both together.
 
-Trained whole from scratch, so small a model stands at the language prior for thousands of steps. In three stages it learns at once:
+Trained whole from scratch, so small a model stands at the language prior for thousands of steps. In three stages it
+learns at once:
 
 1. ``decoder``: the decoder answers questions about scenes whose vision tokens are written out as *codes*, one fixed
    orthonormal vector for each fact (row, column, colour, shape, size, character) that a patch holds. Sequences are
@@ -30,7 +31,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from adsc.pocket.building import build_model, build_processor
 from adsc.pocket.packing import Packed, answer_logits, pack, turn
-from adsc.pocket.questions import questions
+from adsc.pocket.questions import TASKS, questions
 from adsc.pocket.scenes import CHARACTERS, COLORS, GRID, PATCH_SIZE, SHAPES, SIZES, SPLIT_SEEDS, Scene, render, scene
 
 TOKENS = GRID * GRID
@@ -63,6 +64,7 @@ for _name in (
     *(f"character {c}" for c in CHARACTERS),
 ):
     FACTS[_name] = len(FACTS)
+LOOK_UPS = ("existence", "attribute", "reading", "grounding")
 GROUPS = {
     "color": tuple(COLORS),
     "shape": SHAPES,
@@ -119,10 +121,10 @@ class Recipe:
     code_loss: float = 0.0
     """Weight of the tower's code loss beside the answers' (stage ``join``)."""
     easy_scenes: int = 0
-    """Over so many scenes, objects (and vision tokens) grow from few to all: with few, what a word points at is found soon."""
+    """Scenes over which objects and vision tokens grow from few to all: the first look-ups are learned among few."""
     bf16: bool = True
     workers: int = 0
-    evaluate_every: int = 200
+    evaluate_every: int = 100
     minutes: float | None = None
     """Stop (and decay) by the clock instead of by steps."""
 
@@ -138,7 +140,7 @@ class Recipe:
 class Scenes(Dataset[dict[str, Any]]):
     """Item i is scene ``first + i``: its facts, pixels and questions, a pure function of i.
 
-    Over the first ``easy`` items the objects grow from two to all.
+    Over the first ``easy`` items the objects grow from two to all, and only what can be looked up is asked.
     """
 
     def __init__(
@@ -155,7 +157,7 @@ class Scenes(Dataset[dict[str, Any]]):
         if self.images:
             item["pixels"] = pixels(render(drawn))
         if self.tokenizer is not None:
-            asked = questions(drawn, self.per_scene)
+            asked = questions(drawn, self.per_scene, tasks=tuple(TASKS) if i >= self.easy else LOOK_UPS)
             item["tasks"] = [q.task for q in asked]
             item["turns"] = [turn(self.tokenizer, q) for q in asked]
         return item
@@ -207,7 +209,7 @@ def see(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def name_codes(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, codes: Tensor) -> None:
-    """Start the embeddings of words and digits at the codes they name, so that the decoder need not learn a dictionary first."""
+    """Start the embeddings of words and digits at the codes they name: no dictionary has to be learned first."""
     for fact, index in FACTS.items():
         word = fact.removeprefix("character ").lower()
         for text in (word, f" {word}", f" {word}s", f" {word}es"):
