@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import adsc
 
 from .oracle import TOLERANCE, attention, difference, kept_positions, masked_dense, shifted
-from .tiny import CASES, SCHEDULE, TINY, Image, batch, case, model, one_row
+from .tiny import CASES, IMAGE, SCHEDULE, TEXT, TINY, Image, Tiny, batch, case, model, one_row
 
 FAMILIES = list(TINY)
 DTYPES = [torch.float32, torch.float64]
@@ -123,3 +124,29 @@ def test_batch_equals_one_by_one(family):
                 assert handle.last_plans[0].layout == plans[row].layout
                 assert [(span[0], span[-1] + 1) for span in plans[row].layout.spans] == made.spans[row]
         assert handle.last_plans == []  # the latest prefill was text alone
+
+
+def test_llava_with_a_tower_for_any_resolution(monkeypatch):
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+    def build():
+        config = transformers.LlavaConfig(
+            vision_config=transformers.PixtralVisionConfig(**vision, image_size=16, patch_size=2, head_dim=16),
+            text_config=transformers.LlamaConfig(**TEXT),
+            image_token_id=IMAGE,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        )
+        return transformers.LlavaForConditionalGeneration(config)
+
+    def pixels(images, generator):
+        sizes = [(2 * image.height, 2 * image.width) for image in images]
+        return {
+            "pixel_values": torch.randn(len(images), 3, 16, 16, generator=generator),
+            "image_sizes": torch.tensor(sizes),
+        }
+
+    # Sizes whose mean is a whole number, so that images of equal size would fit as well.
+    images = (Image(4, 8), Image(4, 4), Image(6, 4))
+    monkeypatch.setitem(TINY, "pixtral", Tiny(build, lambda image: [image.height * image.width], pixels, images))
+    check("pixtral", batch("pixtral", [[3, *images, 5]]), torch.float32)
