@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 import adsc
@@ -71,14 +72,20 @@ def test_dropped_patches_are_faded() -> None:
     assert (faded(colors, np.ones((3, 4), dtype=bool)) == (200, 30, 30)).all()
 
 
-def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, exchanges = row("demo")
     path = tmp_path / "picture.png"
     draw(path, [PHOTO], plan, exchanges, BARS, "title", "subtitle")
     assert Image.open(path).format == "PNG"
     before = path.read_bytes()
-    with pytest.raises(IndexError):
-        draw(path, [PHOTO, PHOTO], plan, exchanges, BARS, "title", "more images than spans")
+
+    def save_half(figure: Figure, target: Path, **options: object) -> None:
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", save_half)
+    with pytest.raises(adsc.InputError, match="cannot be written: No space left"):
+        draw(path, [PHOTO], plan, exchanges, BARS, "title", "subtitle")
     assert path.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == ["picture.png"]
 
@@ -91,4 +98,4 @@ def test_figures_as_text() -> None:
     assert spark([8, 4, 1, 0], 8) == "█▄▁▁"
     plan, _ = row("demo")
     assert describe(plan).startswith("120 of 256 vision tokens on average over 12 layers")
-    assert "267 → 41" in layers([267] * 12, plan.tokens_per_layer()).plain
+    assert "267 → 43" in layers([267] * 12, plan.tokens_per_layer()).plain

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def quiet() -> None:
     """Errors only from transformers, and its loading bars only where someone watches."""
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
+    logging.set_verbosity(ERROR)
+    hub_logging.set_verbosity(ERROR)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
 
@@ -78,7 +79,10 @@ def open_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[An
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {device!r} cannot be used ({reason}); try cpu or cuda") from None
-    model, processor = load(name, dtype=dtype)
+    try:
+        model, processor = load(name, dtype=dtype)
+    except ImportError as error:  # processors with video need torchvision
+        raise InputError(f"{name!r} cannot be loaded yet: {str(error).strip().partition('. ')[0]}") from error
     saved = None
     if (handle := getattr(model, "adsc", None)) is not None:
         saved = handle.method
@@ -211,7 +215,8 @@ class Savings:
         for bar in self.bars():
             add_cost(table, bar.name, bar.dense, bar.reduced, bar.ratio)
         console.print(table)
-        console.print(f"\n{describe(self.plan)}", soft_wrap=True)
+        times = f"time to first token: medians of {self.rounds} runs in turn, and of their ratios"
+        console.print(f"\n{describe(self.plan)}\n{times}", soft_wrap=True)
 
 
 def measure(model: Any, inputs: Any, config: ADSCConfig, rounds: int, seconds: float) -> Savings:

@@ -22,7 +22,9 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"image {path}: {'not a file' if path.exists() else 'no such file'}; give the path of an image")
+        raise InputError(
+            f"image {path}: {'not a file' if path.exists() else 'no such file'}; give the path of an image"
+        )
     try:
         with warnings.catch_warnings():
             # Between one and two times the limit Pillow only warns.

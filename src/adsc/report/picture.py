@@ -119,7 +119,9 @@ def compose(
     rows = [_Row(exchange) for exchange in exchanges]
     stages = len(plan.stages)
     panel = min(3.2, (WIDTH - 2 * MARGIN) / stages - 0.15)
-    top, panels = 1.05, len(shown) * (panel + 0.12) + 0.8
+    sizes = [grid or image.size[::-1] for grid, image in zip(plan.layout.grids, shown, strict=False)]
+    talls = [panel * min(1.0, height / width) for height, width in sizes]
+    top, panels = 1.05, sum(talls) + 0.12 * len(talls) + 0.8
     lower = max(1.75 + 0.5 * len(bars), 0.45 + sum(row.inches for row in rows))
     height = top + panels + lower + 0.3
     figure = Figure(figsize=(WIDTH, height), dpi=130, facecolor="white")
@@ -134,8 +136,8 @@ def compose(
     for column, stage in enumerate(plan.stages):
         left = MARGIN + column * step
         _title_stage(axes(left, top, panel, 0.45), stage)
-        for row, image in enumerate(shown):
-            box = axes(left, top + 0.5 + row * (panel + 0.12), panel, panel)
+        for row, (image, tall) in enumerate(zip(shown, talls, strict=True)):
+            box = axes(left, top + 0.5 + sum(talls[:row]) + 0.12 * row, panel, tall)
             _draw_stage(box, image, plan.layout.grids[row], np.isin(plan.layout.spans[row], stage.spans[row]))
     _draw_answers(axes(MARGIN, top + panels, 7.4, lower), rows, lower)
     left, width = 8.4, WIDTH - MARGIN - 8.4
