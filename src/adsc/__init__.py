@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import methods
     from .accounting import Cost, cost
     from .config import ADSCConfig
     from .errors import InputError, UnsupportedModelError
@@ -47,11 +48,14 @@ __all__ = [
     "compress",
     "cost",
     "load",
+    "methods",
     "plan",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "methods":  # adsc.methods.X(...) works without an import of its own
+        return import_module(".methods", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)

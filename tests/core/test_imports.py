@@ -24,7 +24,7 @@ decoder = dict(model_type="llama", num_hidden_layers=32, hidden_size=4096, inter
                num_attention_heads=32, num_key_value_heads=32, vocab_size=32000)
 print(sum(made.tokens_per_layer()), adsc.cost(decoder, plan=made).reduced.kv_bytes)
 adsc.ADSCConfig.from_dict(adsc.ADSCConfig(schedule).to_dict())
-adsc.Layout, adsc.Plan, adsc.InputError, adsc.UnsupportedModelError
+adsc.methods.METHODS["adsc"], adsc.Layout, adsc.Plan, adsc.InputError, adsc.UnsupportedModelError
 try:
     adsc.attach
 except ImportError:
