@@ -42,5 +42,5 @@ def test_the_core_alone() -> None:
 
 def test_every_public_name_is_there() -> None:
     for name in adsc.__all__:
-        assert getattr(adsc, name).__name__ == name
+        assert getattr(adsc, name).__name__.removeprefix("adsc.") == name
     assert set(adsc.__all__) <= set(dir(adsc))
