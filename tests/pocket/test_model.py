@@ -61,7 +61,9 @@ def test_greedy_answers_are_those_the_packed_evaluation_counts(model, processor)
 
 
 def test_it_sees(model, processor):
-    figures = {c: summary(ROWS, answers(model, processor, ROWS, c)) for c in ("dense", "other image", "downsampled 1/9")}
+    figures = {
+        c: summary(ROWS, answers(model, processor, ROWS, c)) for c in ("dense", "other image", "downsampled 1/9")
+    }
     assert figures["dense"]["overall"]["mean"] > 0.85
     assert figures["downsampled 1/9"]["overall"]["mean"] < figures["dense"]["overall"]["mean"] - 0.1
     assert figures["other image"]["overall"]["mean"] < 0.45
@@ -77,7 +79,9 @@ def test_pipeline(processor):
 def test_it_answers_with_a_third_of_its_vision_tokens(model, processor):
     image, asked = ROWS[1]
     dense = generate(model, processor, image, asked[0].text)
-    with adsc.compress(model, adsc.Schedule.for_budget(model.config.text_config.num_hidden_layers, "2/3", 256)) as handle:
+    with adsc.compress(
+        model, adsc.Schedule.for_budget(model.config.text_config.num_hidden_layers, "2/3", 256)
+    ) as handle:
         reduced = generate(model, processor, image, asked[0].text)
         assert handle.last_plans[0].retained < 0.67
     assert dense

@@ -69,10 +69,10 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_model(vocab_size: int, seed: int = 0, **decoder: Any) -> LlavaForConditionalGeneration:
-    """A fresh model: 5 CLIP layers of width 128 over 16 x 16 patches, 20 Llama layers of width 128."""
+    """A fresh model: 5 CLIP layers of width 128 over 16 x 16 patches, 24 Llama layers of width 128."""
     torch.manual_seed(seed)
     text = {
-        "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 20, "num_attention_heads": 4,
+        "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 24, "num_attention_heads": 4,
         "num_key_value_heads": 4, "max_position_embeddings": 4096, "initializer_range": 0.04,
         "tie_word_embeddings": False,
         # Heads of 32 need slow rotations: with few, what is asked for cannot find what is 250 tokens away.

@@ -46,6 +46,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
+from adsc.evaluation.record import store
 from adsc.pocket.building import build_model, build_processor
 from adsc.pocket.packing import Packed, answer_logits, pack, turn
 from adsc.pocket.questions import TASKS, questions
@@ -107,9 +108,11 @@ class Recipe:
 
     steps: int
     batch: int
-    layers: int = 20
-    """Decoder layers; weights of half as many are grown on loading."""
+    layers: int = 24
+    """Decoder layers; weights of fewer are grown on loading."""
     questions: int = 16
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """What is asked; a task named twice is asked twice as often."""
     learning_rate: float = 1e-3
     decay: float = 0.25
     """Share of the steps, at the end, over which the learning rate falls to zero."""
@@ -140,13 +143,21 @@ class Recipe:
 class Scenes(Dataset[dict[str, Any]]):
     """Item i is scene ``first + i``: its facts, pixels and questions, a pure function of i.
 
-    Over the first ``easy`` items the objects grow from two to all, and only what can be looked up is asked.
+    Over the first ``easy`` items the objects grow from two to all, and only what can be looked up is asked. ``tasks``
+    are drawn evenly, one named twice twice as often.
     """
 
     def __init__(
-        self, first: int, tokenizer: PreTrainedTokenizerFast | None, per_scene: int, images: bool, easy: int = 0
+        self,
+        first: int,
+        tokenizer: PreTrainedTokenizerFast | None,
+        per_scene: int,
+        images: bool,
+        easy: int = 0,
+        tasks: tuple[str, ...] = tuple(TASKS),
     ) -> None:
-        self.first, self.tokenizer, self.per_scene, self.images, self.easy = first, tokenizer, per_scene, images, easy
+        self.first, self.tokenizer, self.per_scene, self.images = first, tokenizer, per_scene, images
+        self.easy, self.tasks = easy, tasks
 
     def __len__(self) -> int:
         return 1_000_000_000
@@ -157,7 +168,7 @@ class Scenes(Dataset[dict[str, Any]]):
         if self.images:
             item["pixels"] = pixels(render(drawn))
         if self.tokenizer is not None:
-            asked = questions(drawn, self.per_scene, tasks=tuple(TASKS) if i >= self.easy else LOOK_UPS)
+            asked = questions(drawn, self.per_scene, tasks=self.tasks if i >= self.easy else LOOK_UPS)
             item["tasks"] = [q.task for q in asked]
             item["turns"] = [turn(self.tokenizer, q) for q in asked]
         return item
@@ -220,21 +231,22 @@ def name_codes(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokeni
 
 
 def grow(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Weights of a decoder twice as deep that computes the same: behind each layer a copy that adds nothing yet."""
+    """Weights of a deeper decoder that computes the same: behind each layer copies of it that add nothing yet."""
     pattern = re.compile(r"(.*language_model\.layers\.)(\d+)(\..*)")
     depth = 1 + max((int(m[2]) for n in weights if (m := pattern.match(n))), default=layers - 1)
-    if depth == layers:
-        return weights
-    if 2 * depth != layers:
-        raise ValueError(f"weights of {depth} decoder layers cannot grow to {layers}; only to {2 * depth}")
+    if depth > layers:
+        raise ValueError(f"weights of {depth} decoder layers cannot shrink to {layers}")
+    source = [layer * depth // layers for layer in range(layers)]
     grown: dict[str, Tensor] = {}
     for name, value in weights.items():
-        if match := pattern.match(name):
-            adds = match[3] in (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
-            grown[f"{match[1]}{2 * int(match[2])}{match[3]}"] = value
-            grown[f"{match[1]}{2 * int(match[2]) + 1}{match[3]}"] = torch.zeros_like(value) if adds else value.clone()
-        else:
+        if not (match := pattern.match(name)):
             grown[name] = value
+            continue
+        copies = [layer for layer, old in enumerate(source) if old == int(match[2])]
+        adds = match[3] in (".self_attn.o_proj.weight", ".mlp.down_proj.weight")
+        for layer in copies:
+            copy = torch.zeros_like(value) if adds and layer != copies[0] else value.clone()
+            grown[f"{match[1]}{layer}{match[3]}"] = copy
     return grown
 
 
@@ -387,7 +399,7 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
 
     asks, images = stage != "tower", stage != "decoder"
     first = SPLIT_SEEDS["train"] + {"decoder": 0, "tower": 5_000_000, "join": 10_000_000}[stage] + seed * 50_000_000
-    data = Scenes(first, tokenizer if asks else None, recipe.questions, images, recipe.easy_scenes)
+    data = Scenes(first, tokenizer if asks else None, recipe.questions, images, recipe.easy_scenes, recipe.tasks)
     batches: Iterator[dict[str, Any]] = iter(
         DataLoader(
             data,
@@ -463,6 +475,8 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
                     saved = time.monotonic()
         finally:
             save()
+    if world > 1:
+        dist.barrier()  # the next stage begins with what was saved
 
 
 def export(weights: Path, folder: Path) -> None:
@@ -492,7 +506,9 @@ def main() -> None:
         "--stage", choices=("decoder", "tower", "join"), action="append", help="default: all three, in order"
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/pocket"))
-    parser.add_argument("--export", type=Path, metavar="FOLDER", help="write the joined model as a checkpoint, and end")
+    parser.add_argument(
+        "--export", type=Path, metavar="FOLDER", help="write the checkpoint here and the curves to results/, and end"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int)
@@ -503,11 +519,13 @@ def main() -> None:
             arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    recipes = yaml.safe_load(arguments.recipe.read_text())
     signal.signal(signal.SIGTERM, _interrupt)  # a polite kill saves a checkpoint, as Ctrl-C does
     if arguments.export:
         export(arguments.folder / "join" / "model.safetensors", arguments.export)
+        states = {stage: json.loads((arguments.folder / stage / "state.json").read_text()) for stage in recipes}
+        store(Path("results/pocket/training.json"), {"recipe": recipes, "stages": states}, arguments.seed)
         return
-    recipes = yaml.safe_load(arguments.recipe.read_text())
     for stage in arguments.stage or ("decoder", "tower", "join"):
         starts = [arguments.folder / s / "model.safetensors" for s in ("decoder", "tower")] if stage == "join" else []
         train(stage, Recipe(**recipes[stage]), arguments.folder / stage, starts, arguments.seed, arguments.device)
