@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import adsc
 
 from .oracle import attention, kept_positions, masked_dense
-from .tiny import IMAGE, LAYERS, SCHEDULE, TINY, Batch, batch, case, model
+from .tiny import IMAGE, LAYERS, SCHEDULE, TEXT, TINY, Batch, batch, case, model
 
 FAMILIES = list(TINY)
 OLD = Version(transformers.__version__) < Version("5.20")
@@ -269,3 +269,69 @@ def test_a_cache_that_was_reset_starts_anew():
         dense = network(input_ids=torch.arange(1, 9)[None])
         assert torch.equal(text, dense.logits)
         assert torch.equal(follow, network(input_ids=token, past_key_values=dense.past_key_values).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_text_after_an_image_may_be_cropped(family):
+    """As assisted decoding does with rejected candidates that it fed in together with the prompt."""
+    network, made = model(family), case(family, "single")
+    ids, token = made.inputs["input_ids"], torch.tensor([[5]])
+    position = torch.full((3, 1, 1), 40) if family == "qwen2_5_vl" else None
+    text = ("input_ids", "attention_mask", "mm_token_type_ids")
+    shorter = {name: value[:, :-4] if name in text else value for name, value in made.inputs.items()}
+    with torch.no_grad(), adsc.compress(network, SCHEDULE):
+        cache = network(**made.inputs).past_key_values
+        cache.crop(-4)
+        found = network(input_ids=token, past_key_values=cache, position_ids=position).logits
+        expected = network(**shorter).past_key_values
+        assert storage_tokens(expected)[1] < ids.shape[1] - 4
+        logits = network(input_ids=token, past_key_values=expected, position_ids=position).logits
+        assert (found - logits).abs().max() <= 1e-5
+        assert [len(layer.keys[0, 0]) for layer in cache.layers] == [len(layer.keys[0, 0]) for layer in expected.layers]
+
+
+def test_rows_of_different_length_are_not_cropped():
+    network, made = model("llava"), case("llava", "right_padding")
+    with torch.no_grad(), adsc.compress(network, SCHEDULE):
+        cache = network(**made.inputs).past_key_values
+        cache.crop(-2)  # text in one row, padding in the others
+        with pytest.raises(adsc.InputError, match="cropped"):
+            network(input_ids=torch.full((3, 1), 5), past_key_values=cache)
+
+
+def prompt_with_an_echo(network) -> dict:
+    """A prompt whose answer holds the word that stands before the image."""
+    for seed in range(50):
+        made = batch("llava", [[4, TINY["llava"].images[0], 6]], seed=seed)
+        ids = made.inputs["input_ids"]
+        for _ in range(3):
+            answer = network.generate(**made.inputs, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+            if ids[0, 3] in answer[:-1]:
+                return made.inputs
+            ids[0, 3] = answer[0]
+    raise AssertionError("no such prompt")
+
+
+def test_candidates_from_prompt_look_up_may_be_placeholders():
+    network = model("llava")
+    with adsc.compress(network, SCHEDULE) as handle:
+        inputs = prompt_with_an_echo(network)
+        options = {"max_new_tokens": 12, "do_sample": False}
+        alone = network.generate(**inputs, **options)
+        fed = []
+        hook = network.model.register_forward_pre_hook(lambda *call: fed.append(call[2]["input_ids"]), with_kwargs=True)
+        assert torch.equal(network.generate(**inputs, **options, prompt_lookup_num_tokens=4), alone)
+        hook.remove()
+        assert any((ids == IMAGE).any() for ids in fed[1:])
+        assert len(handle.last_plans) == 1
+
+
+@pytest.mark.skipif(OLD, reason="this version hands pixels on to the assistant")
+def test_an_assistant_changes_nothing():
+    network, made = model("llava"), case("llava", "single")
+    torch.manual_seed(1)
+    assistant = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TEXT, "pad_token_id": 0})).eval()
+    options = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    with adsc.compress(network, SCHEDULE):
+        alone = network.generate(**made.inputs, **options)
+        assert torch.equal(network.generate(**made.inputs, **options, assistant_model=assistant), alone)

@@ -235,6 +235,26 @@ def test_masks_and_positions_for_flash_attention(family, name, monkeypatch):
     assert flash.calls > 0
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_sequences_are_refused_with_flash_attention(family, monkeypatch):
+    """There the layers read them off position ids, or off lengths, that those of a reduced stage do not have."""
+    network, made = copy.deepcopy(model(family)), case(family, "no_mask")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", Flash())
+    network.get_decoder().config._attn_implementation = "flash_attention_2"
+    length = made.inputs["input_ids"].shape[1]
+    packed = torch.cat((torch.arange(length - 4), torch.arange(4)))[None]
+    plain = torch.arange(length)[None]
+    if TINY[family].axes == 3:
+        packed, plain = packed.expand(4, 1, -1), plain.expand(4, 1, -1)
+    ends = torch.tensor([0, length - 4, length], dtype=torch.int32)
+    with torch.no_grad(), adsc.compress(network, SCHEDULE) as handle:
+        for wrong in ({"position_ids": packed}, {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}):
+            with pytest.raises(adsc.InputError, match="packed sequences"):
+                network(**made.inputs, **wrong)
+        assert handle.last_plans
+        network(**made.inputs, position_ids=plain)
+
+
 def test_plans_tell_what_was_kept():
     network, made = model("llava"), case("llava", "left_padding")
     with torch.no_grad(), adsc.compress(network, SCHEDULE) as handle:

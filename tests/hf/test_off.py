@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -97,3 +98,43 @@ def test_a_call_that_failed_leaves_nothing_for_the_next():
         assert torch.equal(network(**made.inputs).logits, reduced)
     with torch.no_grad():
         assert torch.equal(network.get_decoder()(input_ids=torch.arange(1, 9)[None]).last_hidden_state, text)
+
+
+def test_a_removed_handle_leaves_a_later_one_alone():
+    network = copy.deepcopy(model("llava"))
+    with adsc.compress(network, SCHEDULE) as first:
+        first.remove()
+        second = adsc.attach(network, "2:1/2")
+    assert network.adsc is second
+    second.remove()
+    assert not hasattr(network, "adsc")
+
+
+def test_budgets_nest_and_end_with_an_error():
+    def nested(handle):
+        with handle.budget("1/2"):
+            outer = handle.method
+            with handle.budget(1):
+                assert not handle.method.reduces
+            assert handle.method is outer
+            raise RuntimeError("mine")
+
+    with adsc.compress(model("llava"), SCHEDULE) as handle:
+        with pytest.raises(RuntimeError, match="mine"):
+            nested(handle)
+        assert str(handle.method.schedule) == SCHEDULE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pickled_model_keeps_its_reduction(family):
+    torch.manual_seed(0)
+    network, made = TINY[family].build().eval(), case(family, "single")
+    adsc.attach(network, SCHEDULE)
+    loaded = pickle.loads(pickle.dumps(network))
+    for each in (network, loaded):
+        with torch.no_grad():
+            assert torch.equal(each(**made.inputs).logits, network(**made.inputs).logits)
+    loaded.adsc.remove()
+    assert network.adsc.model is network
+    with torch.no_grad():
+        assert not torch.equal(loaded(**made.inputs).logits, network(**made.inputs).logits)

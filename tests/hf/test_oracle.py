@@ -150,3 +150,47 @@ def test_llava_with_a_tower_for_any_resolution(monkeypatch):
     images = (Image(4, 8), Image(4, 4), Image(6, 4))
     monkeypatch.setitem(TINY, "pixtral", Tiny(build, lambda image: [image.height * image.width], pixels, images))
     check("pixtral", batch("pixtral", [[3, *images, 5]]), torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_masks_of_the_caller_s_own_making(family):
+    """A 4-D mask: here two blocks of text beside the image that do not see each other."""
+    made, network = case(family, "single"), model(family)
+    length = made.inputs["input_ids"].shape[1]
+    visible = torch.ones(length, length).tril().bool()
+    visible[-3:, :3] = False
+    mask = torch.zeros(1, 1, length, length).masked_fill(~visible, torch.finfo(torch.float32).min)
+    if family == "qwen2_5_vl":
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw")
+        made.inputs["position_ids"] = network.model.get_rope_index(**{n: made.inputs[n] for n in names})[0]
+    made.inputs["attention_mask"] = mask
+    check(family, made, torch.float32)
+    check(family, made, torch.float32, "eager")
+    del made.inputs["attention_mask"]
+    seen, _ = check(family, made, torch.float32)
+    made.inputs["attention_mask"] = mask
+    hidden, kept = check(family, made, torch.float32)
+    assert difference(seen, hidden, kept[-1]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["single", "no_mask"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_of_the_caller_s_own_making(family, name):
+    """Wide gaps; and, without a mask, a number that begins anew, which transformers reads as packed sequences."""
+    made = case(family, name)
+    length = made.inputs["input_ids"].shape[1]
+    positions = 2 * torch.arange(length)[None] + 3
+    if name == "no_mask":
+        positions = torch.cat((torch.arange(length - 4), torch.arange(4)))[None]
+    if family == "qwen2_5_vl":  # with the positions in the text in front
+        positions = positions.expand(4, 1, -1) if name == "no_mask" else torch.stack([positions] * 3)
+    made.inputs |= {"position_ids": positions, "use_cache": False}
+    dense_inputs = {key: value for key, value in made.inputs.items() if key != "use_cache"}
+    kept = kept_positions(made)
+    expected = masked_dense(model(family), dense_inputs, kept)
+    with torch.no_grad(), adsc.compress(model(family), SCHEDULE):
+        reduced = model(family)(**made.inputs).logits
+        if name == "no_mask":
+            plain = model(family)(**case(family, name).inputs).logits
+            assert difference(reduced, plain, kept[-1]) > 1e-3
+    assert difference(reduced, expected, kept[-1]) <= 1e-5

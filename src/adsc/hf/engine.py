@@ -115,7 +115,8 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self.model.__dict__.pop(KEYWORD, None)
+        if self.model.__dict__.get(KEYWORD) is self:  # another one may have been attached since
+            delattr(self.model, KEYWORD)
 
     def _check(self, method: Method) -> None:
         method.validate(self.num_layers)
@@ -165,10 +166,10 @@ class Handle:
         elif ids is None:
             if inputs.get("inputs_embeds") is not None and (cache is None or cache.get_seq_length() == 0):
                 raise InputError("inputs_embeds may hide vision tokens; pass input_ids and pixel_values instead")
-        elif ids.shape[1] > 1:
+        elif ids.shape[1] > 1 and not (hasattr(cache, MEMORY) and cache.get_seq_length()):
+            # A prompt, not candidates of assisted decoding: those found by prompt look-up may be placeholders.
             check_text(self._family, self.model.config, ids)
-            if not hasattr(cache, MEMORY):  # a prompt of text alone, not candidates of assisted decoding
-                self._thread.plans = []
+            self._thread.plans = []
 
     def _leave_base(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self._thread.planned = None  # also after an error before the decoder
@@ -179,6 +180,17 @@ class Handle:
             raise UnsupportedModelError(f"attention {attention!r} is not supported; use one of {', '.join(ATTENTION)}")
         if cache is not None and not (type(cache) is DynamicCache and _is_plain(cache)):
             raise InputError(f"this {type(cache).__name__} cannot be reduced; use a plain DynamicCache, the default")
+
+    def _check_packing(self, inputs: dict[str, Any], real: list[Ints], extent: Extent) -> None:
+        """FlashAttention reads packed sequences off lengths or gaps in position ids, which reduced layers lack."""
+        if self._decoder.config._attn_implementation not in FLASH:
+            return  # the others have a mask, which is gathered
+        positions = inputs.get("position_ids")
+        if positions is not None and positions.ndim == 3:  # M-RoPE has a fourth axis in front for this purpose
+            positions = positions[0] if len(positions) == 4 else None
+        gaps = positions is not None and bool((positions.diff() != 1).any())
+        if inputs.get("cu_seq_lens_q") is not None or (gaps and extent.batch == 1 and len(real[0]) == extent.tokens):
+            raise InputError("packed sequences cannot be reduced with FlashAttention; pad them, or use eager or sdpa")
 
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
         """Decoder: lay the call out, when it is planned or continues from a reduced cache."""
@@ -195,11 +207,12 @@ class Handle:
             memory = None
         if cache is not None and memory is not None:
             self._check_call(cache)
-            _check_memory(cache, memory, past, len(tokens))
+            memory = _checked(memory, cache, past, len(tokens))
         batch, width = tokens.shape[:2]
         extent = Extent(batch, width, past, memory.length if memory else past, tokens.device)
         compact = self.method.positions == "compact"
         if planned is not None:
+            self._check_packing(inputs, planned[1], extent)
             past_counts = _past_counts(inputs.get("attention_mask"), extent) if compact else None
             inputs[KEYWORD] = plan_call(extent, memory, *planned, self.num_layers, past_counts)
         elif memory is not None:
@@ -333,11 +346,14 @@ def _past_counts(mask: Tensor | None, extent: Extent) -> Tensor:
     return mask[:, : extent.past].sum(1, keepdim=True)
 
 
-def _check_memory(cache: DynamicCache, memory: Memory, past: int, batch: int) -> None:
-    """Refuse a cache that was changed in a way that leaves it unknown what its layers hold."""
+def _checked(memory: Memory, cache: DynamicCache, past: int, batch: int) -> Memory:
+    """The memory of a cache whose end may have been cropped; refused when it is unknown what its layers hold."""
+    if (excess := memory.length - past) > 0:  # as assisted decoding does with candidates that came with the prompt
+        memory = memory.cropped(excess)
     for layer, slots in enumerate(memory.slots):
         held = past if slots is None else slots.columns.shape[1] + past - memory.length
         if past < memory.length or cache.get_seq_length(layer) != held:
-            raise InputError("the cache was cropped into a reduced prompt or filled elsewhere; start with a new cache")
+            raise InputError("the cache was cropped into its images or filled elsewhere; start with a new cache")
         if slots is not None and len(slots.columns) != batch:
             raise InputError(f"the cache was reduced for {len(slots.columns)} rows, but this call has {batch}")
+    return memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt, prod
 from typing import Any
 
@@ -101,15 +102,16 @@ def _anyres_images(placeholders: int, config: PreTrainedConfig, inputs: Inputs) 
     return frames
 
 
-def _patch_grids(keyword: str) -> Callable[[int, PreTrainedConfig, Inputs], list[Frames]]:
-    def sizes(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
-        if inputs.get(keyword) is None:
-            raise InputError(f"pixels came without {keyword}; pass all that the processor returns")
-        merge = config.vision_config.spatial_merge_size
-        grids = [(t, h // merge, w // merge) for t, h, w in inputs[keyword].tolist()]
-        return [Frames(h * w, t, (h, w)) for t, h, w in grids]
+def _ungridded(tokens: int, _: object) -> Frames:
+    return Frames(tokens)
 
-    return sizes
+
+def _patch_grids(keyword: str, placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    if inputs.get(keyword) is None:
+        raise InputError(f"pixels came without {keyword}; pass all that the processor returns")
+    merge = config.vision_config.spatial_merge_size
+    grids = [(t, h // merge, w // merge) for t, h, w in inputs[keyword].tolist()]
+    return [Frames(h * w, t, (h, w)) for t, h, w in grids]
 
 
 def _mrope_frames(tokens: int, positions: Ints | None) -> Frames:
@@ -120,15 +122,16 @@ def _mrope_frames(tokens: int, positions: Ints | None) -> Frames:
     return Frames(height * width, tokens // (height * width), (height, width))
 
 
+# Functions of modules only, no lambdas: a model can be pickled with its handle.
 FAMILIES = {
     "llava": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
-    "llava_next": Family(
-        (Modality("image_token_id", "pixel_values", "image", _anyres_images, lambda tokens, _: Frames(tokens)),)
-    ),
+    "llava_next": Family((Modality("image_token_id", "pixel_values", "image", _anyres_images, _ungridded),)),
     "qwen2_5_vl": Family(
         (
-            Modality("image_token_id", "pixel_values", "image", _patch_grids("image_grid_thw"), _mrope_frames),
-            Modality("video_token_id", "pixel_values_videos", "video", _patch_grids("video_grid_thw"), _mrope_frames),
+            Modality("image_token_id", "pixel_values", "image", partial(_patch_grids, "image_grid_thw"), _mrope_frames),
+            Modality(
+                "video_token_id", "pixel_values_videos", "video", partial(_patch_grids, "video_grid_thw"), _mrope_frames
+            ),
         ),
         axes=3,
     ),

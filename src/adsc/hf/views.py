@@ -52,6 +52,16 @@ class Memory:
     def __init__(self, length: int, slots: list[Slots | None]) -> None:
         self.length, self.slots = length, slots
 
+    def cropped(self, count: int) -> Memory:
+        """Without the last ``count`` positions, where every row of every layer has these; otherwise itself."""
+        stages = {slots for slots in self.slots if slots is not None}
+        for slots in stages:
+            end = torch.arange(self.length - count, self.length, device=slots.columns.device)
+            if slots.columns.shape[1] < count or (slots.columns[:, -count:] != end).any():
+                return self
+        shorter = {slots: Slots(slots.columns[:, :-count], slots.padded) for slots in stages}
+        return Memory(self.length - count, [None if slots is None else shorter[slots] for slots in self.slots])
+
 
 class Extent(NamedTuple):
     """The size of a call: rows, tokens fed in, tokens in layer 0's cache and how many of these the memory covers."""
