@@ -35,6 +35,7 @@ class Ran(NamedTuple):
 @pytest.fixture
 def adsc_run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     def run(*arguments: object) -> Ran:
+        capsys.readouterr()  # what making a checkpoint printed
         with pytest.raises(SystemExit) as ended:
             main([str(argument) for argument in arguments])
         return Ran(int(ended.value.code or 0), *capsys.readouterr())

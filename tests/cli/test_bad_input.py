@@ -120,7 +120,7 @@ def mllama() -> transformers.PreTrainedConfig:
 
 
 @pytest.mark.parametrize(("config", "model", "word"), [
-    (llama, "LlamaForCausalLM", "text-only model"),
+    (llama, "LlamaForCausalLM", "text-only"),
     (mllama, "MllamaForConditionalGeneration", "by cross-attention"),
 ])  # fmt: skip
 def test_model_without_vision_tokens(
@@ -129,6 +129,12 @@ def test_model_without_vision_tokens(
 ) -> None:  # fmt: skip
     getattr(transformers, model)(config()).save_pretrained(tmp_path)
     refused(adsc_run("run", "--model", tmp_path, "--image", image), word)
+
+
+def test_model_without_decoder_layers(adsc_run: Run, image: Path, tmp_path: Path) -> None:
+    transformers.ResNetConfig().save_pretrained(tmp_path)
+    for arguments in (["cost"], ["run", "--image", image]):
+        refused(adsc_run(*arguments, "--model", tmp_path), "resnet has no decoder layers")
 
 
 def test_model_folder(adsc_run: Run, pocket: Path, image: Path, tmp_path: Path) -> None:

@@ -9,7 +9,17 @@ import pytest
 import torch
 from PIL import Image as Picture
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, LlamaConfig, LlamaForCausalLM, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ViTConfig,
+)
 from transformers import pipeline as make_pipeline
 
 import adsc
@@ -109,6 +119,19 @@ def bad_folder(kind, path):
         model("llava").save_pretrained(path)
     elif kind == "text only":
         LlamaForCausalLM(LlamaConfig(**TEXT)).save_pretrained(path)
+    elif kind == "images only":
+        ViTConfig().save_pretrained(path)
+    elif kind == "no decoder":
+        ResNetConfig().save_pretrained(path)
+    elif kind == "invalid config":
+        values = model("llava").config.to_dict()
+        values["text_config"]["hidden_size"] = "wide"
+        (path / "config.json").write_text(json.dumps(values))
+    elif kind == "cut weights":
+        model("llava").save_pretrained(path)
+        processor().save_pretrained(path)
+        weights = (path / "model.safetensors").read_bytes()
+        (path / "model.safetensors").write_bytes(weights[:-1000])
     else:
         model("llava").save_pretrained(path)
         processor().save_pretrained(path)
@@ -120,10 +143,14 @@ def bad_folder(kind, path):
     ("kind", "pattern"),
     [
         ("missing", "there is no folder"),
-        ("empty", "no image-text-to-text model: Unrecognized model"),
+        ("empty", "cannot read the config of .*Unrecognized model"),
         ("without weights", "cannot load .*safetensors"),
         ("without processor", "cannot load"),
-        ("text only", "no image-text-to-text model"),
+        ("text only", "llama is text-only"),
+        ("images only", "vit is text-only, or has no language model"),
+        ("no decoder", "resnet is text-only, or has no language model"),
+        ("invalid config", "cannot read the config .*hidden_size"),
+        ("cut weights", "cannot load"),
         ("{", "not valid JSON"),
         (json.dumps({"type": "adsc", "schedule": "9:1/2"}), "the model has 6 layers"),
     ],
@@ -132,6 +159,23 @@ def test_bad_checkpoints_are_one_line(kind, pattern, tmp_path):
     with pytest.raises(adsc.InputError, match=pattern) as caught:
         adsc.load(bad_folder(kind, tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["text only", "images only", json.dumps({"type": "adsc", "schedule": "9:1/2"})])
+def test_refused_before_weights_are_read(kind, tmp_path, monkeypatch):
+    path = bad_folder(kind, tmp_path)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("weights read"))
+    with pytest.raises(adsc.InputError):
+        adsc.load(path)
+
+
+def test_a_package_that_the_processor_needs(folder, monkeypatch):
+    def needs_torchvision(*_, **__):
+        raise ImportError("\nVideoProcessor requires the Torchvision library. See the installation page.\nAnd more.")
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", needs_torchvision)
+    with pytest.raises(adsc.InputError, match=r"yet: VideoProcessor requires the Torchvision library$"):
+        adsc.load(folder)
 
 
 def test_budget_out_of_reach(folder):

@@ -8,16 +8,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from logging import ERROR
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
 from rich.console import Console
-from transformers import AutoConfig
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.utils import logging
 
@@ -40,17 +37,6 @@ def quiet() -> None:
     hub_logging.set_verbosity(ERROR)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-
-
-def read_config(name: str) -> Any:
-    """The config of a folder, a ``config.json`` or a hub id. Reads no weights."""
-    path = Path(name)
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-        raise InputError(f"there is no {name!r}; give a folder, a config.json or a hub id like 'owner/name'")
-    try:
-        return AutoConfig.from_pretrained(path if path.exists() else name)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise InputError(f"cannot read the config of {name!r}: {str(error).strip().splitlines()[0]}") from error
 
 
 def changes(num_layers: int, retain: str | None, schedule: str | None, **others: Any) -> dict[str, Any]:
@@ -79,10 +65,7 @@ def open_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[An
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {device!r} cannot be used ({reason}); try cpu or cuda") from None
-    try:
-        model, processor = load(name, dtype=dtype)
-    except ImportError as error:  # processors with video need torchvision
-        raise InputError(f"{name!r} cannot be loaded yet: {str(error).strip().partition('. ')[0]}") from error
+    model, processor = load(name, dtype=dtype)
     saved = None
     if (handle := getattr(model, "adsc", None)) is not None:
         saved = handle.method

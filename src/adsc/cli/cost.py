@@ -40,13 +40,14 @@ def command(
 ) -> dict[str, Any]:
     """FLOPs and KV-cache bytes of a model from its config alone, dense beside reduced. Reads no weights."""
     from ..accounting import cost
+    from ..hf.checkpoint import depth, read_config
     from ..pocket import MODEL_FOLDER
     from ..schedule import Schedule
     from . import answering
 
     answering.quiet()
-    config = answering.read_config(model or str(MODEL_FOLDER))
-    layers = config.get_text_config(decoder=True).num_hidden_layers
+    config = read_config(model or str(MODEL_FOLDER))
+    layers = depth(config)
     changes = answering.changes(layers, retain, schedule, pattern=pattern)
     result = cost(
         config,

@@ -31,6 +31,7 @@ def command(
     from rich.console import Console
 
     from ..config import ADSCConfig
+    from ..hf.checkpoint import depth, read_config
     from ..pocket import MODEL_FOLDER
     from ..report.picture import Exchange, check_target, draw
     from ..report.tables import describe
@@ -41,7 +42,7 @@ def command(
 
     answering.quiet()
     image, questions = _scene(image_index)
-    layers = answering.read_config(str(MODEL_FOLDER)).get_text_config().num_hidden_layers
+    layers = depth(read_config(str(MODEL_FOLDER)))
     changes = answering.changes(layers, retain, schedule, pattern=pattern, seed=seed)
     config = ADSCConfig(**{"schedule": Schedule.for_budget(layers, RETAIN), **changes})
     with Console(stderr=True).status("loading the model in the box") as status:

@@ -54,16 +54,14 @@ def command(
     from rich.console import Console
 
     from ..config import ADSCConfig
-    from ..hf.families import family_of
+    from ..hf.checkpoint import depth, read_config
     from ..pocket import MODEL_FOLDER
     from ..schedule import Schedule
     from . import answering
 
     answering.quiet()
     name = model or str(MODEL_FOLDER)
-    served = answering.read_config(name)
-    family_of(served)  # refuses before weights are fetched
-    layers = served.get_text_config(decoder=True).num_hidden_layers
+    layers = depth(read_config(name))
     changes = answering.changes(layers, retain, schedule, pattern=pattern, positions=positions, seed=seed)
     with Console(stderr=True).status(f"loading {model or 'the model in the box'}") as status:
         net, processor, saved = answering.open_model(name, device, dtype)

@@ -166,7 +166,7 @@ class Handle:
         elif ids is None:
             if inputs.get("inputs_embeds") is not None and (cache is None or cache.get_seq_length() == 0):
                 raise InputError("inputs_embeds may hide vision tokens; pass input_ids and pixel_values instead")
-        elif ids.shape[1] > 1 and not (hasattr(cache, MEMORY) and cache.get_seq_length()):
+        elif ids.shape[1] > 1 and not (cache is not None and hasattr(cache, MEMORY) and cache.get_seq_length()):
             # A prompt, not candidates of assisted decoding: those found by prompt look-up may be placeholders.
             check_text(self._family, self.model.config, ids)
             self._thread.plans = []
