@@ -152,9 +152,7 @@ def family_of(config: PreTrainedConfig) -> Family:
     if getattr(text, "cross_attention_layers", None):
         raise UnsupportedModelError(f"{name} reads images by cross-attention: no vision tokens are in its sequence")
     if text is config:
-        raise UnsupportedModelError(
-            f"{name} is text-only, or has no language model: it has no vision tokens to reduce"
-        )
+        raise UnsupportedModelError(f"{name} is text-only, or has no language model: it has no vision tokens to reduce")
     if name not in FAMILIES:
         raise UnsupportedModelError(f"model type {name} is not supported; supported are {', '.join(FAMILIES)}")
     kinds = sorted({type(layer).__name__ for layer in DynamicCache(config=text).layers} - {DynamicLayer.__name__})
