@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -54,8 +55,8 @@ class Layout:
         spans: Iterable[tuple[int, int] | Sequence[int] | ArrayLike] = (),
         grids: Sequence[tuple[int, int] | None] | None = None,
     ) -> None:
-        if length < 1:
-            raise InputError(f"the length of a row is {length}; it must be at least 1")
+        if not isinstance(length, Integral) or length < 1:
+            raise InputError(f"the length of a row is {length}; it must be a whole number of at least 1")
         arrays = tuple(_positions(span, index, length) for index, span in enumerate(spans))
         if arrays and np.bincount(np.concatenate(arrays)).max() > 1:
             raise InputError("two spans share a position; every vision token belongs to exactly one span")
@@ -102,8 +103,8 @@ class Layout:
 
 
 def _positions(span: tuple[int, int] | Sequence[int] | ArrayLike, index: int, length: int) -> Positions:
-    if isinstance(span, tuple) and len(span) == 2:
-        array = np.arange(int(span[0]), int(span[1]), dtype=np.int64)
+    if isinstance(span, tuple) and len(span) == 2 and all(isinstance(end, Integral) for end in span):
+        array = np.arange(span[0], span[1], dtype=np.int64)
     else:
         raw = np.array(span)
         if raw.ndim != 1 or (raw.size and raw.dtype.kind not in "iu"):

@@ -152,6 +152,10 @@ def plan(
         layout = Layout(length, spans, grids)
     if schedule is None or num_layers is None:
         raise InputError("a plan needs a schedule and the number of decoder layers")
+    if not isinstance(schedule, Schedule):
+        raise InputError(f"schedule {schedule!r} is not a Schedule; make one with Schedule.parse or for_budget")
+    if seed < 0:
+        raise InputError(f"seed {seed} must be a whole number of at least 0")
     if num_layers < 1:
         raise InputError(f"a model of {num_layers} layers; it must have at least 1")
     if pattern not in PATTERNS:

@@ -8,6 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
 from math import ceil, floor
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,12 @@ def fraction(value: Ratio, name: str = "fraction") -> Fraction:
     return result
 
 
+def _whole(layer: int) -> int:
+    if not isinstance(layer, Integral):
+        raise InputError(f"layer {layer!r} of a schedule is not a whole number")
+    return int(layer)
+
+
 def survivors(tokens: int, keep: Fraction) -> int:
     """How many of a span's ``tokens`` stay: max(1, floor(tokens * keep + 1/2)), exactly."""
     return max(1, (2 * tokens * keep.numerator + keep.denominator) // (2 * keep.denominator))
@@ -58,7 +65,7 @@ class Schedule:
     Raises
     ------
     InputError
-        For layers below 1 or not increasing, and fractions outside (0, 1].
+        For layers that are no whole numbers, below 1 or not increasing, and for fractions outside (0, 1].
 
     Examples
     --------
@@ -70,7 +77,7 @@ class Schedule:
     reductions: tuple[tuple[int, Fraction], ...]
 
     def __init__(self, reductions: Iterable[tuple[int, Ratio]] = ()) -> None:
-        pairs = tuple((int(layer), fraction(keep, f"fraction at layer {layer}")) for layer, keep in reductions)
+        pairs = tuple((_whole(layer), fraction(keep, f"fraction at layer {layer}")) for layer, keep in reductions)
         layers = [layer for layer, _ in pairs]
         if layers and layers[0] < 1:
             raise InputError(f"reduction at layer {layers[0]}; the first decoder layer that can reduce is 1")

@@ -196,6 +196,10 @@ def test_bad_input() -> None:
         plan([(0, 4)], schedule=half, num_layers=2)
     with pytest.raises(InputError, match="schedule"):
         plan([(0, 4)], 4, num_layers=2)
+    with pytest.raises(InputError, match="'1:1/2' is not a Schedule"):
+        plan([(0, 4)], 4, "1:1/2", 2)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="seed -1"):
+        plan([(0, 4)], 4, half, 2, "random", seed=-1)
     with pytest.raises(InputError, match="layers"):
         plan([(0, 4)], 4, half, 1)
     with pytest.raises(InputError, match="pattern 'middle'"):

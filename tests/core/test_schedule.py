@@ -6,6 +6,7 @@ import time
 from fractions import Fraction
 from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,6 +79,13 @@ def test_layers_must_exist() -> None:
     with pytest.raises(InputError, match="layer 31, but the model has 31 layers; layers 1 to 30"):
         schedule.validate(31)
     assert Schedule.none().validate(1) == Schedule.none()
+
+
+def test_layers_are_whole_numbers() -> None:
+    assert Schedule([(np.int64(3), "1/2")]) == Schedule.parse("3:1/2")
+    for layer in (3.7, 3.0, "3", None):
+        with pytest.raises(InputError, match="not a whole number"):
+            Schedule([(layer, "1/2")])  # type: ignore[list-item]
 
 
 GOLDEN = [

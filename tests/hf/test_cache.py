@@ -103,20 +103,31 @@ def test_without_cache_equals_with_it(family, mode):
         rows = [[3, images[0], 5], [4, images[1], 3]]
     made = batch(family, rows)
     outputs = []
-    with adsc.compress(network, SCHEDULE):
+    with adsc.compress(network, SCHEDULE) as handle:
         for use_cache in (True, False):
             torch.manual_seed(0)
             outputs.append(network.generate(**made.inputs, **(GREEDY | MODES[mode]), use_cache=use_cache))
+            layouts = [plan.layout for plan in handle.last_plans[:: 3 if mode == "beams" else 1]]
+            spans = [[(span[0], span[-1] + 1) for span in layout.spans] for layout in layouts]
+            assert spans == made.spans
     assert torch.equal(*outputs)
 
 
-def test_several_samples_of_one_prompt():
-    network, made = model("qwen2_5_vl"), case("qwen2_5_vl", "several_images")
-    with adsc.compress(network, SCHEDULE):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_samples_of_one_prompt(family):
+    """They are those of a batch that holds the prompt as often."""
+    network, images = model(family), TINY[family].images
+    row = [3, images[0], 5] if OLD else [3, images[0], 2, images[1], 5]
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": True, "temperature": 2.0}
+    with adsc.compress(network, SCHEDULE) as handle:
         torch.manual_seed(0)
-        options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": True}
-        out = network.generate(**made.inputs, **options, num_return_sequences=3)
-    assert len({tuple(row) for row in out.tolist()}) == 3
+        out = network.generate(**batch(family, [row]).inputs, **options, num_return_sequences=3)
+        assert len(handle.last_plans) == 3
+        repeated = batch(family, [row])
+        repeated.inputs |= {name: torch.cat([value] * 3) for name, value in repeated.inputs.items()}
+        torch.manual_seed(0)
+        assert torch.equal(network.generate(**repeated.inputs, **options), out)
+    assert len({tuple(tokens) for tokens in out.tolist()}) == 3
 
 
 def second_turn(family: str, first: Batch, items: list) -> tuple[Batch, dict]:
