@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import adsc
 
 from .oracle import attention, kept_positions, masked_dense
-from .tiny import IMAGE, LAYERS, SCHEDULE, TEXT, TINY, Batch, batch, case, model
+from .tiny import IMAGE, LAYERS, SCHEDULE, TEXT, TINY, Batch, batch, case, model, one_row
 
 FAMILIES = list(TINY)
 OLD = Version(transformers.__version__) < Version("5.20")
@@ -209,6 +209,37 @@ def test_two_turns_in_a_ragged_batch(family, implementation):
     assert (logits - expected[:, -2]).abs().max() <= 1e-5
     assert (step - expected[:, -1]).abs().max() <= 1e-5
     assert storage_tokens(cache) == longest(kept)
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize("new_image", [False, True], ids=["text", "new_image"])
+def test_turns_of_different_length_equal_those_of_each_row_alone(positions, new_image):
+    """Three turns, each padded in another row; decoding goes on behind the last."""
+    network, image = model("llava"), TINY["llava"].images[0]
+    config = adsc.ADSCConfig(adsc.Schedule.parse(SCHEDULE), positions=positions)
+    extra = [image] if new_image else []
+    rows = [([4, image, 2], [3, image, 6]), ([5], [2]), ([2, *extra, 1], [4, *extra, 3]), ([1], [1])]
+
+    def talk(turns) -> torch.Tensor:
+        cache, masks = DynamicCache(), []
+        for turn in turns:
+            masks.append(turn["attention_mask"])
+            mask = torch.cat(masks, 1)
+            numbers = (mask.cumsum(1) - 1).clamp(min=0)[:, -masks[-1].shape[1] :]
+            inputs = {**turn, "attention_mask": mask, "position_ids": numbers}
+            logits = network(**inputs, past_key_values=cache).logits[:, -1]
+        return logits
+
+    together = [batch("llava", [*turn], seed=seed) for seed, turn in enumerate(rows)]
+    with torch.no_grad(), adsc.compress(network, config):
+        found = talk([made.inputs for made in together])
+        for row in range(2):
+            alone = []
+            for made in together:
+                has_image = bool(made.spans[row])
+                inputs = one_row("llava", made, row, row * has_image, (row + 1) * has_image)
+                alone.append({**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])})
+            assert (talk(alone)[0] - found[row]).abs().max() <= 1e-5
 
 
 def test_a_chat_by_generate_with_an_image_in_each_turn():

@@ -210,13 +210,12 @@ class Handle:
             memory = _checked(memory, cache, past, len(tokens))
         batch, width = tokens.shape[:2]
         extent = Extent(batch, width, past, memory.length if memory else past, tokens.device)
-        compact = self.method.positions == "compact"
+        numbered = _not_padding(inputs.get("attention_mask"), extent) if self.method.positions == "compact" else None
         if planned is not None:
             self._check_packing(inputs, planned[1], extent)
-            past_counts = _past_counts(inputs.get("attention_mask"), extent) if compact else None
-            inputs[KEYWORD] = plan_call(extent, memory, *planned, self.num_layers, past_counts)
+            inputs[KEYWORD] = plan_call(extent, memory, *planned, self.num_layers, numbered)
         elif memory is not None:
-            inputs[KEYWORD] = continue_call(extent, memory, compact)
+            inputs[KEYWORD] = continue_call(extent, memory, numbered)
         return (), inputs
 
     def _enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
@@ -276,7 +275,7 @@ def attach(model: PreTrainedModel, method: Schedule | ADSCConfig | Method | str)
     Parameters
     ----------
     model
-        A transformers image-text-to-text model, or its base model.
+        A transformers image-text-to-text model, or its base model; there no labels are seen, and so none are masked.
     method
         A schedule (or its text), an :class:`adsc.ADSCConfig`, or a method of :mod:`adsc.methods`.
 
@@ -339,11 +338,12 @@ def _is_plain(cache: DynamicCache) -> bool:
     return not cache.offloading and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
-def _past_counts(mask: Tensor | None, extent: Extent) -> Tensor:
-    """``(batch, 1)`` tokens of layer 0's cache that are not padding."""
-    if mask is None or mask.ndim != 2:
-        return torch.full((extent.batch, 1), extent.past, device=extent.device)
-    return mask[:, : extent.past].sum(1, keepdim=True)
+def _not_padding(mask: Tensor | None, extent: Extent) -> Tensor:
+    """Which positions of layer 0, ``(batch, past + tokens)``, hold tokens."""
+    shape = extent.batch, extent.past + extent.tokens
+    if mask is None or mask.shape != shape:
+        return torch.ones(shape, dtype=torch.bool, device=extent.device)
+    return mask.to(extent.device).bool()
 
 
 def _checked(memory: Memory, cache: DynamicCache, past: int, batch: int) -> Memory:

@@ -32,11 +32,6 @@ class Slots:
     def __init__(self, columns: Tensor, padded: bool) -> None:
         self.columns, self.padded = columns, padded
 
-    @cached_property
-    def counts(self) -> Tensor:
-        """Tokens of each row, ``(batch, 1)``."""
-        return (self.columns >= 0).sum(1, keepdim=True)
-
 
 class Memory:
     """What a cache has to remember between calls; it is an attribute of the cache, and is copied with it.
@@ -125,10 +120,14 @@ class View:
         """Slot of each of the call's tokens, ``(batch, tokens)``, −1 where dropped; ``None`` when all are there."""
         return None if self.rows is None else inverse(self.rows, self.extent.tokens)
 
-    def renumber(self, past_counts: Tensor) -> None:
-        """Set ``ranks``: positions go on from ``past_counts (batch, 1)``, the tokens that each row has in the cache."""
-        padding = 0 if self.rows is None else (self.rows < 0).sum(1, keepdim=True)
-        self.ranks = (past_counts - padding + torch.arange(self.width, device=self.extent.device)).clamp(min=0)
+    def renumber(self, real: Tensor) -> None:
+        """Set ``ranks``: rows count what is not padding, by ``real (batch, past + tokens)`` in layer 0."""
+        held = real[:, : self.extent.known]
+        if self.slots is not None:
+            held = real.gather(1, self.slots.columns.clamp(min=0)) & (self.slots.columns >= 0)
+        past = held.sum(1, keepdim=True) + real[:, self.extent.known : self.extent.past].sum(1, keepdim=True)
+        new = real[:, self.extent.past :] if self.rows is None else self.rows >= 0
+        self.ranks = (past + new.cumsum(1) - 1).clamp(min=0)
 
     def once(self, source: object, make: Callable[[], T]) -> T:
         """Make what the stage's layers share; each of them comes with the same ``source``."""
@@ -186,12 +185,18 @@ class Call:
         self.reached = False  # set by the last layer: proof that the decoder hands keywords on
 
 
-def continue_call(extent: Extent, memory: Memory, compact: bool) -> Call:
-    """Lay out a call that feeds text, or decodes, on a cache that was reduced before."""
+def continue_call(extent: Extent, memory: Memory, numbered: Tensor | None) -> Call:
+    """Lay out a call that feeds text, or decodes, on a cache that was reduced before.
+
+    Parameters
+    ----------
+    numbered
+        As in :func:`plan_call`.
+    """
     views = {slots: View(extent, slots, 0, None, None, slots.padded) for slots in memory.slots if slots is not None}
-    if compact:
-        for slots, view in views.items():
-            view.renumber(slots.counts + (extent.past - extent.known))
+    if numbered is not None:
+        for view in views.values():
+            view.renumber(numbered)
     return Call([None if slots is None else views[slots] for slots in memory.slots], lambda: memory)
 
 
@@ -201,7 +206,7 @@ def plan_call(
     plans: Sequence[Plan],
     real: Sequence[Ints],
     num_layers: int,
-    past_counts: Tensor | None,
+    numbered: Tensor | None,
 ) -> Call:
     """Lay out a call with vision tokens.
 
@@ -214,8 +219,8 @@ def plan_call(
     real
         Of each row the positions that are not padding; the plans count these alone. Reduced stages hold no padding
         but what makes their rows equally long.
-    past_counts
-        ``(batch, 1)`` tokens of layer 0's cache that are not padding, when survivors are to be renumbered.
+    numbered
+        Which positions of layer 0 are not padding, ``(batch, past + tokens)``, when survivors are to be renumbered.
     """
     held = memory.slots if memory else [None] * num_layers
     stages = [plans[0].stage(layer).start for layer in range(num_layers)]
@@ -242,8 +247,8 @@ def plan_call(
             views.append(None)
             continue
         view = View(extent, slots, layer, rows, step, padded)
-        if past_counts is not None:
-            view.renumber(past_counts if slots is None else slots.counts + (extent.past - extent.known))
+        if numbered is not None:
+            view.renumber(numbered)
         views.append(view)
 
     def remember() -> Memory:
