@@ -12,7 +12,7 @@ from adsc.pocket.evaluation import see
 from adsc.pocket.packing import answer_logits, pack, turn
 from adsc.pocket.questions import questions
 from adsc.pocket.scenes import render, scene
-from adsc.pocket.training import FACTS, TOKENS, Recipe, choose_tokens, codebook, facts, grow, pixels, train
+from adsc.pocket.training import CONTENT, FACTS, TOKENS, Recipe, choose_tokens, codebook, facts, grow, pixels, train
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_facts_and_codes():
     chosen = choose_tokens(held[None], 48, seed=1)[0]
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     assert len(chosen) == 48
-    assert set(held[:, 32:].sum(-1).nonzero().flatten().tolist()) <= set(chosen.tolist())
+    assert set(held[:, CONTENT].sum(-1).nonzero().flatten().tolist()) <= set(chosen.tolist())
 
 
 @torch.no_grad()

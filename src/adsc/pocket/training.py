@@ -55,7 +55,10 @@ from adsc.pocket.scenes import CHARACTERS, COLORS, GRID, PATCH_SIZE, SHAPES, SIZ
 TOKENS = GRID * GRID
 
 FACTS: dict[str, int] = {}
-"""Name of each fact a patch can hold, and its index in the codebook."""
+"""Name of each fact a patch can hold, and its index in the codebook.
+
+All are yes or no, but for ``across`` and ``down``: where the patch lies, from -1 to 1, so that places can be compared.
+"""
 for _name in (
     *(f"row {i}" for i in range(GRID)),
     *(f"column {i}" for i in range(GRID)),
@@ -63,8 +66,11 @@ for _name in (
     *SHAPES,
     *SIZES,
     *(f"character {c}" for c in CHARACTERS),
+    "across",
+    "down",
 ):
     FACTS[_name] = len(FACTS)
+CONTENT = slice(2 * GRID, len(FACTS) - 2)  # facts of what is drawn, not of where
 LOOK_UPS = ("existence", "attribute", "reading", "grounding")
 GROUPS = {
     "color": tuple(COLORS),
@@ -82,11 +88,13 @@ def codebook(width: int) -> Tensor:
 
 
 def facts(scene: Scene) -> Tensor:
-    """What each patch holds, (256, facts), ones and zeros: its place, the object or the character centred in it."""
+    """What each patch holds, (256, facts): its place, the object or the character centred in it."""
     held = torch.zeros(TOKENS, len(FACTS))
     place = torch.arange(TOKENS)
     held[place, place // GRID] = 1
     held[place, GRID + place % GRID] = 1
+    held[:, FACTS["across"]] = 2 * (place % GRID) / (GRID - 1) - 1
+    held[:, FACTS["down"]] = 2 * (place // GRID) / (GRID - 1) - 1
     for thing in scene.things:
         patch = (thing.y // PATCH_SIZE) * GRID + thing.x // PATCH_SIZE
         for fact in (thing.color, thing.shape, thing.size):
@@ -191,7 +199,7 @@ def moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def choose_tokens(held: Tensor, count: int, seed: int) -> Tensor:
     """Indices (rows, count), sorted: the patches that hold something and a random rest of the empty ones."""
     generator = torch.Generator().manual_seed(seed)
-    score = torch.rand(held.shape[:2], generator=generator) + held[..., 2 * GRID :].sum(-1).cpu()
+    score = torch.rand(held.shape[:2], generator=generator) + held[..., CONTENT].sum(-1).cpu()
     return score.topk(count, dim=1).indices.sort(dim=1).values.to(held.device)
 
 
@@ -201,7 +209,7 @@ def code_loss(projected: Tensor, held: Tensor, codes: Tensor) -> Tensor:
     Mean square in code space, patches that hold something counted tenfold, and cross-entropy within each group of
     facts over the patches that hold one of them.
     """
-    weight = 1 + 9 * (held[..., 2 * GRID :].sum(-1) > 0).float()
+    weight = 1 + 9 * (held[..., CONTENT].sum(-1) > 0).float()
     loss = ((projected - held @ codes).square().sum(-1) * weight).mean()
     scores = 8 * projected @ codes.T
     for names in GROUPS.values():
