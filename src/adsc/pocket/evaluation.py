@@ -42,7 +42,7 @@ def see(model: LlavaForConditionalGeneration, processor: Any, images: list[Image
 
 
 def _nothing(model: LlavaForConditionalGeneration, processor: Any, images: list[Image.Image]) -> Tensor:
-    return torch.zeros(len(images), 0, model.config.text_config.hidden_size, device=model.device)
+    return torch.zeros(len(images), 0, model.lm_head.in_features, device=model.device)
 
 
 def _noise(model: LlavaForConditionalGeneration, processor: Any, images: list[Image.Image]) -> Tensor:

@@ -227,7 +227,7 @@ def see(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def name_codes(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, codes: Tensor) -> None:
+def name_codes(model: Any, tokenizer: PreTrainedTokenizerFast, codes: Tensor) -> None:
     """Start the embeddings of words and digits at the codes they name: no dictionary has to be learned first."""
     for fact, index in FACTS.items():
         word = fact.removeprefix("character ").lower()
@@ -373,11 +373,11 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
     folder.mkdir(parents=True, exist_ok=True)
     where = torch.device(device)
     tokenizer = build_processor().tokenizer
-    model = build_model(len(tokenizer), seed, num_hidden_layers=recipe.layers)
+    model: Any = build_model(len(tokenizer), seed, num_hidden_layers=recipe.layers)
     model.set_attn_implementation("eager")
     for start in starts:
         model.load_state_dict(grow(load_file(start), recipe.layers), strict=False)
-    codes = codebook(model.config.text_config.hidden_size)
+    codes = codebook(model.lm_head.in_features)
     if not starts:
         name_codes(model, tokenizer, codes)
     model.to(where).train()
