@@ -23,7 +23,7 @@ lint: $(READY)
 pocket: $(READY)  ## train the model in the box from nothing (hours on two cores, minutes on a GPU; goes on after a kill)
 	$(VENV)/bin/torchrun --nproc-per-node 2 -m adsc.pocket.training recipes/pocket.yaml --threads 1
 	$(VENV)/bin/python -m adsc.pocket.training recipes/pocket.yaml --export src/adsc/pocket/model
-	$(VENV)/bin/python -m adsc.pocket.evaluation
+	$(VENV)/bin/python -m adsc.pocket.evaluation --processes 2
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
 """Does the model in the box see, and does it need its vision tokens?
 
-    python -m adsc.pocket.evaluation        # all conditions on the stored test split, to results/pocket/test.json
+    python -m adsc.pocket.evaluation --processes 2        # all conditions, stored test split → results/pocket/test.json
 
 Conditions: ``dense``, the model as it is; ``blind``, no image at all; ``noise``, an image of random pixels;
 ``other image``, another scene's; ``downsampled 1/9``, the image shrunk to a third of its side and enlarged again (all
@@ -11,9 +11,11 @@ vision tokens, position embeddings interpolated.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -120,31 +122,39 @@ def summary(rows: Rows, correct: list[list[bool]]) -> dict[str, dict[str, float 
     return {name: clustered_mean(values[name], clusters[name]).to_dict() for name in sorted(values)}
 
 
+def figures_of(arguments: argparse.Namespace, condition: str) -> dict[str, dict[str, float | int]]:
+    """The figures of one condition; loads model and questions, so that it can run in a process of its own."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // arguments.processes))
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(arguments.device).eval()
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    rows = list(load(arguments.split, arguments.images))
+    return summary(rows, answers(model, processor, rows, condition))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL_FOLDER), help="folder or hub id (default: the model in the box)")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--images", type=int, help="only the first so many images")
     parser.add_argument("--condition", choices=tuple(CONDITIONS), action="append", help="default: all")
+    parser.add_argument("--processes", type=int, default=1, help="conditions run at once (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="default: results/pocket/SPLIT.json; '-' prints alone")
     arguments = parser.parse_args()
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model).to(arguments.device).eval()
-    processor = AutoProcessor.from_pretrained(arguments.model)
+    names = arguments.condition or list(CONDITIONS)
+    with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(figures_of, [arguments] * len(names), names))
     rows = list(load(arguments.split, arguments.images))
-    figures: dict[str, Any] = {"split": arguments.split, "images": len(rows), "chance": chance(rows), "conditions": {}}
-    for condition in arguments.condition or CONDITIONS:
-        figures["conditions"][condition] = summary(rows, answers(model, processor, rows, condition))
-    names = list(figures["conditions"])
-    print(f"{'accuracy, %':12}" + "".join(f"{n:>24}" for n in [*names, "chance"]))
-    for task in [*sorted(figures["chance"]), "overall"]:
-        cells = [figures["conditions"][n][task] for n in names]
+    by_chance, conditions = chance(rows), dict(zip(names, found, strict=True))
+    print(f"{'accuracy, %':12}" + "".join(f"{name:>24}" for name in [*names, "chance"]))
+    for task in [*sorted(by_chance), "overall"]:
+        cells = [conditions[name][task] for name in names]
         shown = [f"{100 * c['mean']:.1f} ± {100 * c['margin_95']:.1f}" for c in cells]
-        shown.append(f"{100 * figures['chance'][task]:.1f}" if task in figures["chance"] else "")
-        print(f"{task:12}" + "".join(f"{s:>24}" for s in shown))
+        shown.append(f"{100 * by_chance[task]:.1f}" if task in by_chance else "")
+        print(f"{task:12}" + "".join(f"{cell:>24}" for cell in shown))
     out = arguments.out or Path("results/pocket") / f"{arguments.split}.json"
     if str(out) != "-":
-        store(out, figures)
+        store(out, {"split": arguments.split, "images": len(rows), "chance": by_chance, "conditions": conditions})
 
 
 if __name__ == "__main__":
