@@ -16,12 +16,13 @@ import adsc
 from adsc.cli import main
 from adsc.hf.families import FAMILIES
 from adsc.pocket.building import build_model, build_processor
+from adsc.pocket.scenes import WORDS
 from adsc.pocket.splits import stored_image
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 HUB_ID = "llava-hf/llava-1.5-7b-hf"
-PROMISE, USE, PLAN = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PROMISE, USE, PLAN, POCKET = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
 # Commands of ``adsc``, in blocks and in running text.
 COMMANDS = re.findall(r"^(adsc .*)$", SHELL, re.MULTILINE) + re.findall(
@@ -71,6 +72,15 @@ def test_the_promise_in_two_lines(folder: Path) -> None:
     told, average = map(int, re.search(r"(\d+) vision tokens → (\d+) on average", PROMISE).groups())  # type: ignore[union-attr]
     row = adsc.plan([(35, 35 + told)], told + 100, plan.schedule, 32)
     assert float(row.retained) * told == pytest.approx(average, abs=0.5)
+
+
+def test_the_model_in_the_box() -> None:
+    names: dict[str, Any] = {}
+    exec(POCKET, names)
+    text = "what word is printed?"
+    chat = [{"role": "user", "content": [{"type": "image", "image": stored_image(0)}, {"type": "text", "text": text}]}]
+    (answer,) = names["pipe"](text=chat, return_full_text=False)
+    assert answer["generated_text"].upper() in WORDS
 
 
 def test_use(there: Path) -> None:
