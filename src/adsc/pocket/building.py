@@ -86,8 +86,8 @@ def build_model(vocab_size: int, seed: int = 0, **decoder: Any) -> LlavaForCondi
             hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4, image_size=IMAGE_SIZE,
             patch_size=PATCH_SIZE, initializer_range=0.04, projection_dim=128,
         ),
-        image_token_index=IMAGE, image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2, vision_feature_layer=-1, vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
+        image_token_index=IMAGE, image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2, vision_feature_layer=-1,
+        vision_feature_select_strategy="default", tie_word_embeddings=False,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
     model.generation_config = GenerationConfig(
