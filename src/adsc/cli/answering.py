@@ -39,15 +39,20 @@ def quiet() -> None:
         logging.disable_progress_bar()
 
 
-def changes(num_layers: int, retain: str | None, schedule: str | None, **others: Any) -> dict[str, Any]:
-    """The fields of an :class:`ADSCConfig` that the options set (``None``: not given), checked for the model."""
+def changes(
+    num_layers: int, retain: str | None, schedule: str | None, vision_tokens: int = 576, **others: Any
+) -> dict[str, Any]:
+    """The fields of an :class:`ADSCConfig` that the options set (``None``: not given), checked for the model.
+
+    A budget is solved for images of ``vision_tokens``.
+    """
     if retain is not None and schedule is not None:
         raise InputError("--retain and --schedule both say how much stays; give one of them")
     given = {name: value for name, value in others.items() if value is not None}
     if schedule is not None:
         given["schedule"] = Schedule.parse(schedule).validate(num_layers)
     elif retain is not None:
-        given["schedule"] = Schedule.for_budget(num_layers, retain)
+        given["schedule"] = Schedule.for_budget(num_layers, retain, vision_tokens)
     if "schedule" in given and not given["schedule"]:
         raise InputError("this reduces nothing; give a fraction below 1, or at least one reduction like 3:1/2")
     ADSCConfig(**{"schedule": Schedule.none(), **given})

@@ -48,12 +48,13 @@ def command(
     answering.quiet()
     config = read_config(model or str(MODEL_FOLDER))
     layers = depth(config)
-    changes = answering.changes(layers, retain, schedule, pattern=pattern)
+    vision_tokens = vision_tokens or _vision_tokens(config)
+    changes = answering.changes(layers, retain, schedule, vision_tokens, pattern=pattern)
     result = cost(
         config,
-        vision_tokens=images * (vision_tokens or _vision_tokens(config)),
+        vision_tokens=images * vision_tokens,
         text_tokens=text_tokens,
-        schedule=changes.get("schedule") or Schedule.for_budget(layers, RETAIN),
+        schedule=changes.get("schedule") or Schedule.for_budget(layers, RETAIN, vision_tokens),
         images=images,
         tiles=tiles,
         pattern=changes.get("pattern", "last"),

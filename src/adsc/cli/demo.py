@@ -15,6 +15,7 @@ RETAIN = "1/3"  # where neither --retain nor --schedule is given
 IMAGE = 1  # of the stored test split
 ROUNDS, SECONDS = 21, 10.0  # the timing ends with whichever is reached first
 MAX_NEW_TOKENS = 16
+VISION_TOKENS = 256  # of an image, in the model in the box
 
 
 def command(
@@ -43,8 +44,8 @@ def command(
     answering.quiet()
     image, questions = _scene(image_index)
     layers = depth(read_config(str(MODEL_FOLDER)))
-    changes = answering.changes(layers, retain, schedule, pattern=pattern, seed=seed)
-    config = ADSCConfig(**{"schedule": Schedule.for_budget(layers, RETAIN), **changes})
+    changes = answering.changes(layers, retain, schedule, VISION_TOKENS, pattern=pattern, seed=seed)
+    config = ADSCConfig(**{"schedule": Schedule.for_budget(layers, RETAIN, VISION_TOKENS), **changes})
     with Console(stderr=True).status("loading the model in the box") as status:
         model, processor, _ = answering.open_model(str(MODEL_FOLDER))
         asked = []
