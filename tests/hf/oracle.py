@@ -81,8 +81,8 @@ def difference(a: torch.Tensor, b: torch.Tensor, places: list[list[int]]) -> flo
 def shifted(kept: Kept, batch: Batch) -> Kept:
     """The same with one kept vision token of the last stage exchanged for its dropped neighbour."""
     row = next(row for row, spans in enumerate(batch.spans) if spans)
-    start, stop = batch.spans[row][0]
-    span = set(batch.real[row][start:stop])
+    first = batch.spans[row][0]
+    span = {batch.real[row][i] for i in (range(*first) if isinstance(first, tuple) else first)}
     last = kept[-1][row]
     moved = next(place for place in last if place in span and place - 1 in span and place - 1 not in last)
     changed = [list(map(list, layer)) for layer in kept]

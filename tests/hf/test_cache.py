@@ -13,9 +13,9 @@ from transformers import DynamicCache
 import adsc
 
 from .oracle import attention, kept_positions, masked_dense
-from .tiny import IMAGE, LAYERS, SCHEDULE, TEXT, TINY, Batch, batch, case, model, one_row
+from .tiny import CORE, IMAGE, LAYERS, SCHEDULE, TEXT, TINY, Batch, batch, case, model, one_row
 
-FAMILIES = list(TINY)
+FAMILIES = CORE
 OLD = Version(transformers.__version__) < Version("5.20")
 STEPS = 10
 # A tiny random model would say the same word again and again.

@@ -10,9 +10,9 @@ import torch
 
 import adsc
 
-from .tiny import SCHEDULE, TINY, batch, case, model
+from .tiny import CORE, SCHEDULE, TINY, batch, case, model
 
-FAMILIES = list(TINY)
+FAMILIES = CORE
 
 
 def outputs(network, made):

@@ -9,9 +9,9 @@ import transformers
 import adsc
 
 from .oracle import TOLERANCE, attention, difference, kept_positions, masked_dense, shifted
-from .tiny import CASES, IMAGE, SCHEDULE, TEXT, TINY, Image, Tiny, batch, case, model, one_row
+from .tiny import CASES, CORE, IMAGE, SCHEDULE, TEXT, TINY, Image, Tiny, batch, case, model, one_row
 
-FAMILIES = list(TINY)
+FAMILIES = CORE
 DTYPES = [torch.float32, torch.float64]
 
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 
 import adsc
 
-from .tiny import IMAGE, SCHEDULE, TEXT, TINY, Image, batch, case, clip, model
+from .tiny import CORE, IMAGE, SCHEDULE, TEXT, Image, batch, case, clip, model
 
 
 def refuse(network, pattern):
@@ -179,7 +179,7 @@ def test_chunked_prefill():
         model("llava").generate(**made.inputs, max_new_tokens=2, prefill_chunk_size=8)
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", CORE)
 def test_placeholders_without_images(family):
     ids = case(family, "single").inputs["input_ids"]
     with adsc.compress(model(family), SCHEDULE) as handle:

@@ -1,173 +1,20 @@
-"""Tiny random models of every family, and batches of inputs for them. The one place that knows how to make both."""
+"""Tiny random models and batches of inputs for them. What a family is stands in :mod:`zoo`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
 
 import torch
-import transformers
-from transformers import CLIPVisionConfig, LlamaConfig
 
-LAYERS = 6
-VOCAB = 256
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    # Wide weights: attention must matter, and greedy decoding must not repeat itself.
-    "initializer_range": 0.1,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-IMAGE, VIDEO, VISION_START, VISION_END = 250, 251, 252, 253  # text ids are below
+from .zoo import TINY
+from .zoo.spec import IMAGE, LAYERS, TEXT, VIDEO, VOCAB, Image, Tiny, clip
+
+__all__ = ["IMAGE", "LAYERS", "TEXT", "TINY", "VIDEO", "VOCAB", "Image", "Tiny", "clip"]
+
 SCHEDULE = "1:2/3,2:1/2,4:1/3"
-
-
-@dataclass(frozen=True)
-class Image:
-    """An image (or, with more than one frame, a video): height and width in the family's own unit."""
-
-    height: int = 1
-    width: int = 1
-    frames: int = 1
-
-
-@dataclass(frozen=True)
-class Tiny:
-    """A family under test.
-
-    Attributes
-    ----------
-    build
-        Makes the model from its config.
-    tokens
-        Vision tokens of an image, frame by frame: a list of lengths.
-    pixels
-        Keywords for the images of a batch.
-    images
-        Three images of different size, where the family has sizes.
-    grids
-        Whether its tokens lie on a grid.
-    axes
-        Axes of its rotary positions.
-    markers
-        Text tokens that the processor puts around an image.
-    """
-
-    build: Callable[[], torch.nn.Module]
-    tokens: Callable[[Image], list[int]]
-    pixels: Callable[[list[Image], torch.Generator], dict[str, torch.Tensor]]
-    images: tuple[Image, Image, Image] = (Image(), Image(), Image())
-    grids: bool = True
-    axes: int = 1
-    markers: tuple[list[int], list[int]] = ([], [])
-
-
-def clip(image_size: int, patch_size: int) -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=image_size,
-        patch_size=patch_size,
-        projection_dim=32,
-    )
-
-
-def build_llava() -> torch.nn.Module:
-    config = transformers.LlavaConfig(vision_config=clip(10, 2), text_config=LlamaConfig(**TEXT), image_token_id=IMAGE)
-    return transformers.LlavaForConditionalGeneration(config)
-
-
-def llava_pixels(images: list[Image], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.randn(len(images), 3, 10, 10, generator=generator)}
-
-
-def build_llava_next() -> torch.nn.Module:
-    pinpoints = [[6, 12], [12, 6], [12, 12]]
-    config = transformers.LlavaNextConfig(
-        vision_config=clip(6, 2),
-        text_config=LlamaConfig(**TEXT),
-        image_token_id=IMAGE,
-        image_grid_pinpoints=pinpoints,
-    )
-    return transformers.LlavaNextForConditionalGeneration(config)
-
-
-# In tiles of 3 x 3 patches: a wide image (1 x 2 tiles), a square one (2 x 2), a tall one (2 x 1, its padding cut off).
-NEXT = {Image(6, 12): (2, [9 + 3 * 7]), Image(12, 12): (4, [9 + 6 * 7]), Image(12, 2): (2, [9 + 6 * 2])}
-
-
-def llava_next_pixels(images: list[Image], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    tiles = max(NEXT[image][0] for image in images) + 1
-    return {
-        "pixel_values": torch.randn(len(images), tiles, 3, 6, 6, generator=generator),
-        "image_sizes": torch.tensor([(image.height, image.width) for image in images]),
-    }
-
-
-def build_qwen2_5_vl() -> torch.nn.Module:
-    text = {**TEXT, "hidden_size": 48, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]}}
-    text["rope_parameters"]["rope_theta"] = 10000.0
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_heads": 2,
-        "patch_size": 4,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-        "out_hidden_size": 48,
-        "spatial_merge_size": 2,
-        "tokens_per_second": 2,
-    }
-    config = transformers.Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-    )
-    return transformers.Qwen2_5_VLForConditionalGeneration(config)
-
-
-def qwen_pixels(images: list[Image], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    inputs = {}
-    for names, kind in (
-        (("pixel_values", "image_grid_thw"), [image for image in images if image.frames == 1]),
-        (("pixel_values_videos", "video_grid_thw"), [image for image in images if image.frames > 1]),
-    ):
-        if kind:
-            grids = torch.tensor([(image.frames, 2 * image.height, 2 * image.width) for image in kind])
-            patches = int(grids.prod(1).sum())
-            inputs[names[0]] = torch.randn(patches, 3 * 2 * 4 * 4, generator=generator)
-            inputs[names[1]] = grids
-    return inputs
-
-
-TINY = {
-    "llava": Tiny(build_llava, lambda image: [25], llava_pixels),
-    "llava_next": Tiny(build_llava_next, lambda image: NEXT[image][1], llava_next_pixels, tuple(NEXT), grids=False),
-    "qwen2_5_vl": Tiny(
-        build_qwen2_5_vl,
-        lambda image: [image.height * image.width] * image.frames,
-        qwen_pixels,
-        (Image(4, 6), Image(3, 3), Image(5, 4)),
-        axes=3,
-        markers=([VISION_START], [VISION_END]),
-    ),
-}
+CORE = ["llava", "llava_next", "qwen2_5_vl"]  # one family of each kind goes through every test
 
 
 @cache
@@ -188,14 +35,20 @@ class Batch:
     inputs
         Keywords of the forward pass.
     spans
-        Of each row the ``(start, stop)`` of every image or frame, padding not counted.
+        Of each row the ``(start, stop)`` of every image or frame, or its positions where markers stand inside;
+        padding not counted.
     real
         Of each row the positions that are not padding.
     """
 
     inputs: dict[str, torch.Tensor]
-    spans: list[list[tuple[int, int]]]
+    spans: list[list[tuple[int, int] | list[int]]]
     real: list[list[int]]
+
+
+def _span(places: list[int]) -> tuple[int, int] | list[int]:
+    start, stop = places[0], places[-1] + 1
+    return (start, stop) if stop - start == len(places) else places
 
 
 def batch(
@@ -216,11 +69,11 @@ def batch(
             if isinstance(item, int):
                 tokens += torch.randint(1, IMAGE, (item,), generator=generator).tolist()
                 continue
-            tokens += tiny.markers[0]
-            lengths = tiny.tokens(item)
-            ends = list(accumulate(lengths, initial=len(tokens)))
-            spans[-1] += list(pairwise(ends))
-            tokens += [IMAGE if item.frames == 1 else VIDEO] * sum(lengths) + tiny.markers[1]
+            start, image = len(tokens), tiny.ids(item)
+            tokens += image
+            places = [start + i for i, token in enumerate(image) if token in (IMAGE, VIDEO)]
+            ends = accumulate(tiny.tokens(item), initial=0)
+            spans[-1] += [_span(places[a:b]) for a, b in pairwise(ends)]
         ids.append(tokens)
     longest = max(map(len, ids))
     padding = [longest - len(row) for row in ids]
@@ -239,8 +92,8 @@ def batch(
     if images:
         pixels = tiny.pixels(images, generator)
         inputs |= {name: value.to(dtype) if value.is_floating_point() else value for name, value in pixels.items()}
-    if family == "qwen2_5_vl":
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int() + 2 * (inputs["input_ids"] == VIDEO).int()
+    if tiny.extra is not None:
+        inputs |= tiny.extra(inputs["input_ids"])
     return Batch(inputs, spans, real)
 
 
@@ -260,7 +113,7 @@ def case(family: str, name: str, dtype: torch.dtype = torch.float32, seed: int =
     """One of :data:`CASES` for a family."""
     tiny = TINY[family]
     rows, side, mask = CASES[name]
-    length = sum(tiny.tokens(tiny.images[0])) + len(tiny.markers[0] + tiny.markers[1])
+    length = len(tiny.ids(tiny.images[0]))
     return batch(family, rows(*tiny.images, length), dtype, side, seed, mask)
 
 

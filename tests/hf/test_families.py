@@ -1,0 +1,74 @@
+"""The matrix: every family through the exactness oracle and the cache oracle. The support table is made of these."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import adsc
+
+from .oracle import attention, difference, kept_positions, masked_dense, shifted
+from .test_cache import GREEDY, STEPS, longest, recomputed, storage_tokens
+from .test_oracle import check
+from .tiny import CASES, SCHEDULE, TINY, batch, case, model
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("family", TINY)
+def test_exact(family, name):
+    check(family, case(family, name), torch.float32)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_exact_in_eager(family):
+    check(family, case(family, "left_padding"), torch.float32, "eager")
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_exact_in_float64(family):
+    check(family, case(family, "several_images", torch.float64), torch.float64)
+
+
+@pytest.mark.parametrize("family", [family for family in TINY if TINY[family].video])
+def test_exact_with_a_video(family):
+    video = TINY[family].video
+    check(family, batch(family, [[3, video, 4, TINY[family].images[1], 2], [5]]), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["single", "left_padding"])
+@pytest.mark.parametrize("family", TINY)
+def test_greedy_decoding_on_the_cache(family, name):
+    network, made = model(family), case(family, name)
+    expected, logits = recomputed(network, made)
+    assert len(expected[0].unique()) >= 8
+    with adsc.compress(network, SCHEDULE):
+        out = network.generate(**made.inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    length = made.inputs["input_ids"].shape[1]
+    assert torch.equal(out.sequences[:, length:], expected)
+    assert max((a - b).abs().max() for a, b in zip(out.logits, logits, strict=True)) <= 1e-5
+    counts = longest(kept_positions(made))
+    assert storage_tokens(out.past_key_values) == [length + STEPS - 1, *(n + STEPS - 1 for n in counts[1:])]
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_off_is_dense(family):
+    network, made = model(family), case(family, "left_padding")
+    text = batch(family, [[9], [4]])
+    with torch.no_grad():
+        dense, words = network(**made.inputs).logits, network(**text.inputs).logits
+        with adsc.compress(network, SCHEDULE) as handle:
+            assert torch.equal(network(**text.inputs).logits, words)
+            with handle.budget(1):
+                assert torch.equal(network(**made.inputs).logits, dense)
+        assert torch.equal(network(**made.inputs).logits, dense)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_shifting_one_kept_index_fails(family):
+    made, network = case(family, "left_padding"), model(family)
+    kept = shifted(kept_positions(made), made)
+    expected = masked_dense(network, made.inputs, kept)
+    with attention(network, "sdpa"), torch.no_grad(), adsc.compress(network, SCHEDULE):
+        reduced = network(**made.inputs).logits
+    common = [sorted(set(a) & set(b)) for a, b in zip(kept[-1], kept_positions(made)[-1], strict=True)]
+    assert difference(reduced, expected, common) >= 1e-3
