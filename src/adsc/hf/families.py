@@ -79,7 +79,7 @@ def _square(tokens: int, _: object = None) -> Frames:
 
 def _llava_images(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
     if inputs.get("image_sizes") is not None:  # towers for any resolution (Pixtral)
-        patch = config.vision_config.patch_size
+        patch = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
         grids = [(h // patch, w // patch) for h, w in torch.as_tensor(inputs["image_sizes"]).tolist()]
         return [Frames(h * w, grid=(h, w)) for h, w in grids]
     images = len(inputs["pixel_values"])
@@ -125,6 +125,10 @@ def _mrope_frames(tokens: int, positions: Ints | None) -> Frames:
 # Functions of modules only, no lambdas: a model can be pickled with its handle.
 FAMILIES = {
     "llava": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
+    "paligemma": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
+    "gemma3": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
+    "mistral3": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _ungridded),)),
+    "lighton_ocr": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _ungridded),)),
     "llava_next": Family((Modality("image_token_id", "pixel_values", "image", _anyres_images, _ungridded),)),
     "qwen2_5_vl": Family(
         (
