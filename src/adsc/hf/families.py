@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from math import isqrt, prod
 from typing import Any
 
@@ -46,14 +47,16 @@ class Modality:
     sizes
         Placeholders of the whole batch, config and inputs → the frames of each image, from the raw inputs.
     frames
-        The same for one image of known length out of its positions, for features computed beforehand.
+        The same for one image of known length, for features computed beforehand, out of its positions
+        ``(1 + axes, tokens)``: those in the sequence, then the rotary ones where they have several axes;
+        ``None`` where ``sizes`` needs the prompt alone.
     """
 
     token: str
     pixels: str
     encoded: str
     sizes: Callable[[int, PreTrainedConfig, Inputs], list[Frames]]
-    frames: Callable[[int, Ints | None], Frames]
+    frames: Callable[[int, Ints], Frames] | None
 
 
 @dataclass(frozen=True)
@@ -114,12 +117,69 @@ def _patch_grids(keyword: str, placeholders: int, config: PreTrainedConfig, inpu
     return [Frames(h * w, t, (h, w)) for t, h, w in grids]
 
 
-def _mrope_frames(tokens: int, positions: Ints | None) -> Frames:
+def _mrope_frames(tokens: int, positions: Ints) -> Frames:
     # The rows and columns of a grid are numbered by M-RoPE's second and third axis.
-    if positions is None:
+    if len(positions) == 1:
         raise InputError("image features came without position_ids; pass pixel_values and image_grid_thw instead")
     height, width = (int(np.ptp(axis)) + 1 for axis in positions[-2:])
     return Frames(height * width, tokens // (height * width), (height, width))
+
+
+def _parted_frames(tokens: int, positions: Ints) -> Frames:
+    # Text, such as time stamps, stands between the frames of a video: each is one run of positions.
+    count = 1 + int((np.diff(positions[0]) > 1).sum())
+    if len(positions) == 1:
+        return Frames(tokens // count, count)
+    height, width = (int(np.ptp(axis[: tokens // count])) + 1 for axis in positions[-2:])
+    return Frames(height * width, count, (height, width))
+
+
+_GLM = Family(
+    (
+        Modality("image_token_id", "pixel_values", "image", partial(_patch_grids, "image_grid_thw"), _parted_frames),
+        # A frame has the placeholders of an image. The models take images or videos in a batch, not both.
+        Modality(
+            "image_token_id", "pixel_values_videos", "video", partial(_patch_grids, "video_grid_thw"), _parted_frames
+        ),
+    ),
+    axes=3,
+)
+
+def _equal_tiles(keyword: str, placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    # ``(images, tiles, 3, height, width)``: a tile is all that features computed beforehand tell apart.
+    tiles = prod(inputs[keyword].shape[:-3])
+    if placeholders % tiles:
+        raise InputError(f"{placeholders} placeholders for {tiles} tiles of equal size do not divide evenly")
+    return [_square(placeholders // tiles)] * tiles
+
+
+def _emu3_images(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    # The end of each row of codes is among the features.
+    if inputs.get("image_sizes") is None:
+        raise InputError("pixel_values came without image_sizes; pass all that the processor returns")
+    code = 2 ** (len(config.vq_config.channel_multiplier) - 1)
+    return [Frames(h // code * (w // code + 1)) for h, w in torch.as_tensor(inputs["image_sizes"]).tolist()]
+
+
+def _global_and_local_views(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    # Tiles, then the whole image at another resolution, then one separator; how many tokens a view has depends on size.
+    images, local = len(inputs["pixel_values"]), inputs.get("pixel_values_local")
+    if local is None:
+        return [Frames(placeholders // images)] * images
+    if inputs.get("num_local_patches") is None:
+        raise InputError("pixel_values_local came without num_local_patches; pass all that the processor returns")
+    tiles = torch.as_tensor(inputs["num_local_patches"]).tolist()
+    stride = 4 * config.vision_config.sam_config.patch_size
+    # The encoder has one set of queries for up to 144 patches and one for more.
+    whole, tile = (144 if prod(x.shape[-2:]) <= 144 * stride**2 else 256 for x in (inputs["pixel_values"], local))
+    return [Frames(n * tile + whole + 1) for n in tiles]
+
+
+def _rows_and_newlines(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    # Nothing but the prompt tells images apart: a row ends with one newline token, an image with one more.
+    row, column = torch.nonzero(inputs["input_ids"] == config.image_token_id, as_tuple=True)
+    starts = torch.nonzero((row.diff() != 0) | (column.diff() > 2)).flatten().tolist()
+    return [Frames(stop - start) for start, stop in pairwise([0, *(i + 1 for i in starts), len(row)])]
 
 
 # Functions of modules only, no lambdas: a model can be pickled with its handle.
@@ -130,6 +190,19 @@ FAMILIES = {
     "mistral3": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _ungridded),)),
     "lighton_ocr": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _ungridded),)),
     "llava_next": Family((Modality("image_token_id", "pixel_values", "image", _anyres_images, _ungridded),)),
+    "chameleon": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
+    "emu3": Family((Modality("image_token_id", "pixel_values", "image", _emu3_images, _ungridded),)),
+    "fuyu": Family((Modality("image_token_id", "pixel_values", "image", _rows_and_newlines, None),)),
+    "fast_vlm": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
+    "deepseek_ocr2": Family((Modality("image_token_id", "pixel_values", "image", _global_and_local_views, _ungridded),)),
+    "perception_lm": Family(
+        (
+            Modality("image_token_id", "pixel_values", "image", partial(_equal_tiles, "pixel_values"), _square),
+            Modality(
+                "video_token_id", "pixel_values_videos", "video", partial(_equal_tiles, "pixel_values_videos"), _square
+            ),
+        )
+    ),
     "qwen2_5_vl": Family(
         (
             Modality("image_token_id", "pixel_values", "image", partial(_patch_grids, "image_grid_thw"), _mrope_frames),
@@ -139,6 +212,7 @@ FAMILIES = {
         ),
         axes=3,
     ),
+    **dict.fromkeys(("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr"), _GLM),
 }
 
 
@@ -155,7 +229,7 @@ def family_of(config: PreTrainedConfig) -> Family:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; adsc serves decoders that hold vision tokens")
     if getattr(text, "cross_attention_layers", None):
         raise UnsupportedModelError(f"{name} reads images by cross-attention: no vision tokens are in its sequence")
-    if text is config:
+    if text is config and name not in FAMILIES:
         raise UnsupportedModelError(f"{name} is text-only, or has no language model: it has no vision tokens to reduce")
     if name not in FAMILIES:
         raise UnsupportedModelError(f"model type {name} is not supported; supported are {', '.join(FAMILIES)}")
@@ -219,10 +293,10 @@ def layouts(family: Family, config: PreTrainedConfig, inputs: Inputs, real: Sequ
         if features is None:
             continue
         where = np.argwhere(ids == getattr(config, kind.token))  # row-major, the order in which features are filled in
-        if torch.is_tensor(features):
+        if torch.is_tensor(features) or kind.frames is None:
             images = kind.sizes(len(where), config, inputs)
         else:
-            images = _encoded_frames(kind, features, where, inputs.get("position_ids"))
+            images = _encoded_frames(kind.frames, features, where, inputs.get("position_ids"))
         if sum(frames.tokens * frames.count for frames in images) != len(where):
             raise InputError(
                 f"the prompts hold {len(where)} placeholders ({kind.token}), "
@@ -237,7 +311,9 @@ def layouts(family: Family, config: PreTrainedConfig, inputs: Inputs, real: Sequ
     return [_layout(places, found) for places, found in zip(real, spans, strict=True)]
 
 
-def _encoded_frames(kind: Modality, features: Any, where: Ints, positions: torch.Tensor | None) -> list[Frames]:
+def _encoded_frames(
+    frames_of: Callable[[int, Ints], Frames], features: Any, where: Ints, positions: torch.Tensor | None
+) -> list[Frames]:
     if features.get("last_hidden_state") is None:
         # Chunked prefill cuts images where the chunk ends, and no longer tells how many there are.
         raise InputError("image features without last_hidden_state, as prefill_chunk_size makes them; leave it out")
@@ -245,7 +321,8 @@ def _encoded_frames(kind: Modality, features: Any, where: Ints, positions: torch
     axes = positions[-3:].cpu().numpy() if positions is not None and positions.ndim == 3 else None
     frames = []
     for length, places in zip(lengths, np.split(where, np.cumsum(lengths)[:-1]), strict=True):
-        frames.append(kind.frames(length, None if axes is None else axes[:, places[:, 0], places[:, 1]]))
+        rotary = [] if axes is None else list(axes[:, places[:, 0], places[:, 1]])
+        frames.append(frames_of(length, np.stack([places[:, 1], *rotary])))
     return frames
 
 
