@@ -145,6 +145,7 @@ _GLM = Family(
     axes=3,
 )
 
+
 def _equal_tiles(keyword: str, placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
     # ``(images, tiles, 3, height, width)``: a tile is all that features computed beforehand tell apart.
     tiles = prod(inputs[keyword].shape[:-3])
@@ -161,7 +162,7 @@ def _emu3_images(placeholders: int, config: PreTrainedConfig, inputs: Inputs) ->
     return [Frames(h // code * (w // code + 1)) for h, w in torch.as_tensor(inputs["image_sizes"]).tolist()]
 
 
-def _global_and_local_views(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+def _tiles_and_whole(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
     # Tiles, then the whole image at another resolution, then one separator; how many tokens a view has depends on size.
     images, local = len(inputs["pixel_values"]), inputs.get("pixel_values_local")
     if local is None:
@@ -194,7 +195,7 @@ FAMILIES = {
     "emu3": Family((Modality("image_token_id", "pixel_values", "image", _emu3_images, _ungridded),)),
     "fuyu": Family((Modality("image_token_id", "pixel_values", "image", _rows_and_newlines, None),)),
     "fast_vlm": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
-    "deepseek_ocr2": Family((Modality("image_token_id", "pixel_values", "image", _global_and_local_views, _ungridded),)),
+    "deepseek_ocr2": Family((Modality("image_token_id", "pixel_values", "image", _tiles_and_whole, _ungridded),)),
     "perception_lm": Family(
         (
             Modality("image_token_id", "pixel_values", "image", partial(_equal_tiles, "pixel_values"), _square),
