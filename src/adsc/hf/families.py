@@ -109,6 +109,10 @@ def _ungridded(tokens: int, _: object) -> Frames:
     return Frames(tokens)
 
 
+def _equal_queries(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    return [Frames(image.tokens) for image in _llava_images(placeholders, config, inputs)]
+
+
 def _patch_grids(keyword: str, placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
     if inputs.get(keyword) is None:
         raise InputError(f"pixels came without {keyword}; pass all that the processor returns")
@@ -183,6 +187,25 @@ def _rows_and_newlines(placeholders: int, config: PreTrainedConfig, inputs: Inpu
     return [Frames(stop - start) for start, stop in pairwise([0, *(i + 1 for i in starts), len(row)])]
 
 
+def _marked_tiles(make: Callable[[int, None], Frames], _: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    # Text markers stand between tiles, and no input tells which tiles are one image's: each tile is a span.
+    if inputs.get("pixel_values") is None:
+        _check_whole(inputs["mm_encoder_outputs"]["image"])
+    here = (inputs["input_ids"] == config.image_token_id).cpu().numpy().astype(np.int8)
+    edges = np.diff(np.pad(here, ((0, 0), (1, 1)))).ravel()
+    lengths = np.flatnonzero(edges < 0) - np.flatnonzero(edges > 0)
+    if len(set(lengths.tolist())) > 1:
+        raise InputError(f"tiles of {min(lengths)} and of {max(lengths)} placeholders; put markers between tiles")
+    return [make(int(length), None) for length in lengths]
+
+
+def _marked(make: Callable[[int, None], Frames]) -> Family:
+    return Family((Modality("image_token_id", "pixel_values", "image", partial(_marked_tiles, make), None),))
+
+
+# Images, or their tiles, of equal size.
+_EQUAL = Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),))
+
 # Functions of modules only, no lambdas: a model can be pickled with its handle.
 FAMILIES = {
     "llava": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
@@ -204,6 +227,11 @@ FAMILIES = {
             ),
         )
     ),
+    # A tile is a span: no input tells how many an image has.
+    **dict.fromkeys(("internvl", "qianfan_ocr", "ovis2", "janus", "deepseek_vl", "deepseek_vl_hybrid"), _EQUAL),
+    "aria": Family((Modality("image_token_id", "pixel_values", "image", _equal_queries, _ungridded),)),
+    "idefics2": _marked(_ungridded),
+    **dict.fromkeys(("idefics3", "smolvlm", "granite_docling"), _marked(_square)),
     "qwen2_5_vl": Family(
         (
             Modality("image_token_id", "pixel_values", "image", partial(_patch_grids, "image_grid_thw"), _mrope_frames),
@@ -312,12 +340,16 @@ def layouts(family: Family, config: PreTrainedConfig, inputs: Inputs, real: Sequ
     return [_layout(places, found) for places, found in zip(real, spans, strict=True)]
 
 
-def _encoded_frames(
-    frames_of: Callable[[int, Ints], Frames], features: Any, where: Ints, positions: torch.Tensor | None
-) -> list[Frames]:
+def _check_whole(features: Any) -> None:
     if features.get("last_hidden_state") is None:
         # Chunked prefill cuts images where the chunk ends, and no longer tells how many there are.
         raise InputError("image features without last_hidden_state, as prefill_chunk_size makes them; leave it out")
+
+
+def _encoded_frames(
+    frames_of: Callable[[int, Ints], Frames], features: Any, where: Ints, positions: torch.Tensor | None
+) -> list[Frames]:
+    _check_whole(features)
     lengths = [prod(feature.shape[:-1]) for feature in features.pooler_output]
     axes = positions[-3:].cpu().numpy() if positions is not None and positions.ndim == 3 else None
     frames = []
