@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from itertools import pairwise
-from math import isqrt, prod
+from math import isqrt, prod, sqrt
 from typing import Any
 
 import numpy as np
@@ -95,14 +96,60 @@ def _anyres_images(placeholders: int, config: PreTrainedConfig, inputs: Inputs) 
     # Base image, then the tiles' grid without padding, with one newline token after each of its rows.
     if inputs.get("image_sizes") is None:
         raise InputError("pixel_values came without image_sizes; pass all that the processor returns")
-    vision = config.vision_config
+    vision, sizes = config.vision_config, torch.as_tensor(inputs["image_sizes"]).tolist()
     side = vision.image_size // vision.patch_size
+    if getattr(config, "downsample_rate", None):  # Granite
+        side = int(side * Fraction(config.downsample_rate))
+    most = getattr(config, "vision_aspect_ratio", None)  # OneVision: "anyres_max_9" is the patches of 9 tiles at most
+    counts = inputs.get("batch_num_images")  # of each row; OneVision does not tile images that are not alone in theirs
+    tiled = [True] * len(sizes) if counts is None else [n == 1 for n in torch.as_tensor(counts).tolist() for _ in range(n)]
     frames = []
-    for size in torch.as_tensor(inputs["image_sizes"]).tolist():
+    for size, is_tiled in zip(sizes, tiled, strict=True):
+        if not is_tiled:
+            frames.append(Frames(side * side + 1))
+            continue
         tiles = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, vision.image_size)
         grid = unpad_image(torch.empty(1, tiles[0] * side, tiles[1] * side, device="meta"), size).shape[1:]
+        if most and (ratio := sqrt(prod(grid) / (int(most.removeprefix("anyres_max_")) * side**2))) > 1.1:
+            grid = tuple(int(length // ratio) for length in grid)
         frames.append(Frames(side * side + grid[0] * (grid[1] + 1)))
     return frames
+
+
+def _granite_images(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    if encoded is None:
+        return _anyres_images(placeholders, config, inputs)
+    return [Frames(len(feature)) for feature in encoded.deepstack_features[0][1]]  # of the first layer, image by image
+
+
+def _pooled_clips(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    # Videos of equal length. OneVision ends each with a newline token, which belongs to its last frame.
+    if inputs.get("pixel_values_videos") is not None:
+        videos = len(inputs["pixel_values_videos"])
+    else:
+        encoded = inputs["mm_encoder_outputs"]["video"]
+        if encoded.get("last_hidden_state") is None:
+            raise InputError("video features without last_hidden_state, as prefill_chunk_size makes them; leave it out")
+        videos = len(encoded.pooler_output)
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    stride = getattr(config, "spatial_pool_stride", None)
+    side = side // stride if stride else -(-side // 2)
+    count, newline = divmod(placeholders // videos, side * side)
+    if newline:
+        return [Frames(side * side, count - 1, (side, side)), Frames(side * side + newline)] * videos
+    return [Frames(side * side, count, (side, side))] * videos
+
+
+def _step_images(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    # Local views with markers around them, then the whole image; the tower halves height and width twice.
+    local, images = inputs.get("pixel_values_local"), len(inputs["pixel_values"])
+    counts = [0] * images if local is None else torch.as_tensor(inputs["num_local_patches"]).tolist()
+    whole, view = (
+        0 if pixels is None else prod(-(-side // config.vision_config.patch_size // 4) for side in pixels.shape[-2:])
+        for pixels in (inputs["pixel_values"], local)
+    )
+    return [Frames(whole + count * view) for count in counts]
 
 
 def _ungridded(tokens: int, _: object) -> Frames:
@@ -187,7 +234,9 @@ def _rows_and_newlines(placeholders: int, config: PreTrainedConfig, inputs: Inpu
     return [Frames(stop - start) for start, stop in pairwise([0, *(i + 1 for i in starts), len(row)])]
 
 
-def _marked_tiles(make: Callable[[int, None], Frames], _: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+def _marked_tiles(
+    make: Callable[[int, None], Frames], _: int, config: PreTrainedConfig, inputs: Inputs
+) -> list[Frames]:
     # Text markers stand between tiles, and no input tells which tiles are one image's: each tile is a span.
     if inputs.get("pixel_values") is None:
         _check_whole(inputs["mm_encoder_outputs"]["image"])
@@ -206,14 +255,127 @@ def _marked(make: Callable[[int, None], Frames]) -> Family:
 # Images, or their tiles, of equal size.
 _EQUAL = Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),))
 
+
+def _run_frames(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    # Text stands between all frames, and a frame may have lost any of its tokens: each is one run of placeholders.
+    rows = np.pad(inputs["input_ids"].cpu().numpy() == config.video_token_id, ((0, 0), (1, 1)))
+    edges = np.diff(rows.astype(np.int8))
+    return [Frames(int(n)) for n in np.argwhere(edges < 0)[:, 1] - np.argwhere(edges > 0)[:, 1]]
+
+
+def _rescaled_images(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    # How many patches are merged is a fact of the image.
+    if inputs.get("image_grid_thw") is None or inputs.get("image_merge_sizes") is None:
+        raise InputError("pixels came without image_grid_thw or image_merge_sizes; pass all that the processor returns")
+    merges = torch.as_tensor(inputs["image_merge_sizes"]).tolist()
+    grids = [(h // n, w // n) for (_, h, w), n in zip(inputs["image_grid_thw"].tolist(), merges, strict=True)]
+    return [Frames(h * w, grid=(h, w)) for h, w in grids]
+
+
+def _pooled_grids(keyword: str, placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    # A video comes as groups of frames, each of them pooled over time into one.
+    if inputs.get(keyword) is None:
+        raise InputError(f"pixels came without {keyword}; pass all that the processor returns")
+    merge = config.vision_config.merge_kernel_size
+    grids = [(h // merge[0], w // merge[1]) for _, h, w in inputs[keyword].tolist()]
+    return [Frames(h * w, grid=(h, w)) for h, w in grids]
+
+
+def _unframed(tokens: int, _: object) -> Frames:
+    raise InputError(
+        "video features computed beforehand do not tell how many frames they have; pass pixel_values_videos"
+    )
+
+
+_QWEN_IMAGES = Modality(
+    "image_token_id", "pixel_values", "image", partial(_patch_grids, "image_grid_thw"), _mrope_frames
+)
+_QWEN_VIDEOS = Modality(
+    "video_token_id", "pixel_values_videos", "video", partial(_patch_grids, "video_grid_thw"), _mrope_frames
+)
+_QWEN2 = Family((_QWEN_IMAGES, _QWEN_VIDEOS), axes=3)
+_QWEN3 = Family((_QWEN_IMAGES, replace(_QWEN_VIDEOS, frames=_parted_frames)), axes=3)
+# Qwen's vision tower in front of a decoder with ordinary positions.
+_QWEN_TOWER = Family((replace(_QWEN_IMAGES, frames=_ungridded), replace(_QWEN_VIDEOS, frames=_unframed)))
+_VIDEO_LLAMA = Family(
+    (
+        replace(_QWEN_IMAGES, sizes=_rescaled_images, frames=_ungridded),
+        replace(_QWEN_VIDEOS, sizes=_run_frames, frames=None),
+    )
+)
+_KIMI = Family(
+    (
+        replace(_QWEN_IMAGES, sizes=partial(_pooled_grids, "image_grid_thw"), frames=_ungridded),
+        replace(_QWEN_VIDEOS, sizes=partial(_pooled_grids, "video_grid_thw"), frames=_ungridded),
+    )
+)
+
+
+def _row_frames(tokens: int, positions: Ints) -> Frames:
+    # A marker ends each row.
+    rows = 1 + int((np.diff(positions[0]) > 1).sum())
+    return Frames(tokens, grid=(rows, tokens // rows))
+
+
+def _placed_patches(
+    keyword: str, pooled: bool, placeholders: int, config: PreTrainedConfig, inputs: Inputs
+) -> list[Frames]:
+    # Column and row of each patch of an image or frame, -1 for padding. Older versions have frames in a dimension
+    # of their own.
+    if inputs.get(keyword) is None:
+        raise InputError(f"pixels came without {keyword}; pass all that the processor returns")
+    side = config.vision_config.pooling_kernel_size if pooled else 1
+    sizes = (inputs[keyword].flatten(0, -3).amax(1) + 1) // side
+    return [Frames(height * width, grid=(height, width)) for width, height in sizes.tolist()]
+
+
+def _gemma4(pooled: bool) -> Family:
+    images, frames = (partial(_placed_patches, f"{kind}_position_ids", pooled) for kind in ("image", "video"))
+    return Family(
+        (
+            Modality("image_token_id", "pixel_values", "image", images, _ungridded),
+            Modality("video_token_id", "pixel_values_videos", "video", frames, _parted_frames),
+        )
+    )
+
+
 # Functions of modules only, no lambdas: a model can be pickled with its handle.
 FAMILIES = {
     "llava": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
     "paligemma": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
     "gemma3": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
-    "mistral3": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _ungridded),)),
+    "mistral3": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _row_frames),)),
     "lighton_ocr": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _ungridded),)),
+    "llama4": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),  # of tiles
+    "gemma4": _gemma4(pooled=True),
+    "gemma4_unified": _gemma4(pooled=False),
     "llava_next": Family((Modality("image_token_id", "pixel_values", "image", _anyres_images, _ungridded),)),
+    **dict.fromkeys(
+        ("llava_next_video", "llava_onevision"),
+        Family(
+            (
+                Modality("image_token_id", "pixel_values", "image", _anyres_images, _ungridded),
+                Modality("video_token_id", "pixel_values_videos", "video", _pooled_clips, None),
+            )
+        ),
+    ),
+    "granite4_vision": Family((Modality("image_token_id", "pixel_values", "image", _granite_images, None),)),
+    "video_llava": Family(
+        (
+            Modality("image_token_id", "pixel_values", "image", partial(_equal_tiles, "pixel_values"), _square),
+            # The older name of the same, and still that of what the processor returns.
+            Modality("image_token_id", "pixel_values_images", "", partial(_equal_tiles, "pixel_values_images"), _square),
+            Modality(
+                "video_token_id", "pixel_values_videos", "video", partial(_equal_tiles, "pixel_values_videos"), _square
+            ),
+        )
+    ),
+    # The inputs of the last four do not say which tiles make up an image: each tile counts as one.
+    **dict.fromkeys(
+        ("vipllava", "aya_vision", "cohere2_vision", "got_ocr2", "pp_chart2table"),
+        Family((Modality("image_token_id", "pixel_values", "image", partial(_equal_tiles, "pixel_values"), _square),)),
+    ),
+    "step3p7": Family((Modality("image_token_id", "pixel_values", "image", _step_images, _ungridded),)),
     "chameleon": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
     "emu3": Family((Modality("image_token_id", "pixel_values", "image", _emu3_images, _ungridded),)),
     "fuyu": Family((Modality("image_token_id", "pixel_values", "image", _rows_and_newlines, None),)),
@@ -232,15 +394,12 @@ FAMILIES = {
     "aria": Family((Modality("image_token_id", "pixel_values", "image", _equal_queries, _ungridded),)),
     "idefics2": _marked(_ungridded),
     **dict.fromkeys(("idefics3", "smolvlm", "granite_docling"), _marked(_square)),
-    "qwen2_5_vl": Family(
-        (
-            Modality("image_token_id", "pixel_values", "image", partial(_patch_grids, "image_grid_thw"), _mrope_frames),
-            Modality(
-                "video_token_id", "pixel_values_videos", "video", partial(_patch_grids, "video_grid_thw"), _mrope_frames
-            ),
-        ),
-        axes=3,
-    ),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), _QWEN2),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cosmos3_edge"), _QWEN3),
+    **dict.fromkeys(("exaone4_5", "hyperclovax_vision_v2"), _QWEN_TOWER),
+    "paddleocr_vl": Family((_QWEN_IMAGES,), axes=3),
+    "video_llama_3": _VIDEO_LLAMA,
+    "kimi_k25": _KIMI,
     **dict.fromkeys(("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr"), _GLM),
 }
 
@@ -350,7 +509,8 @@ def _encoded_frames(
     frames_of: Callable[[int, Ints], Frames], features: Any, where: Ints, positions: torch.Tensor | None
 ) -> list[Frames]:
     _check_whole(features)
-    lengths = [prod(feature.shape[:-1]) for feature in features.pooler_output]
+    encoded = features.pooler_output if features.get("pooler_output") is not None else features.last_hidden_state
+    lengths = [prod(feature.shape[:-1]) for feature in encoded]
     axes = positions[-3:].cpu().numpy() if positions is not None and positions.ndim == 3 else None
     frames = []
     for length, places in zip(lengths, np.split(where, np.cumsum(lengths)[:-1]), strict=True):
