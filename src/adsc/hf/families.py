@@ -101,8 +101,9 @@ def _anyres_images(placeholders: int, config: PreTrainedConfig, inputs: Inputs) 
     if getattr(config, "downsample_rate", None):  # Granite
         side = int(side * Fraction(config.downsample_rate))
     most = getattr(config, "vision_aspect_ratio", None)  # OneVision: "anyres_max_9" is the patches of 9 tiles at most
-    counts = inputs.get("batch_num_images")  # of each row; OneVision does not tile images that are not alone in theirs
-    tiled = [True] * len(sizes) if counts is None else [n == 1 for n in torch.as_tensor(counts).tolist() for _ in range(n)]
+    tiled = [True] * len(sizes)
+    if inputs.get("batch_num_images") is not None:  # OneVision does not tile images that are not alone in their row
+        tiled = [n == 1 for n in torch.as_tensor(inputs["batch_num_images"]).tolist() for _ in range(n)]
     frames = []
     for size, is_tiled in zip(sizes, tiled, strict=True):
         if not is_tiled:
@@ -364,13 +365,13 @@ FAMILIES = {
         (
             Modality("image_token_id", "pixel_values", "image", partial(_equal_tiles, "pixel_values"), _square),
             # The older name of the same, and still that of what the processor returns.
-            Modality("image_token_id", "pixel_values_images", "", partial(_equal_tiles, "pixel_values_images"), _square),
+            Modality("image_token_id", "pixel_values_images", "", partial(_equal_tiles, "pixel_values_images"), None),
             Modality(
                 "video_token_id", "pixel_values_videos", "video", partial(_equal_tiles, "pixel_values_videos"), _square
             ),
         )
     ),
-    # The inputs of the last four do not say which tiles make up an image: each tile counts as one.
+    # The inputs do not say which tiles make up an image: each tile counts as one.
     **dict.fromkeys(
         ("vipllava", "aya_vision", "cohere2_vision", "got_ocr2", "pp_chart2table"),
         Family((Modality("image_token_id", "pixel_values", "image", partial(_equal_tiles, "pixel_values"), _square),)),
