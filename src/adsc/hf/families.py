@@ -259,6 +259,8 @@ _EQUAL = Family((Modality("image_token_id", "pixel_values", "image", _llava_imag
 
 def _run_frames(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
     # Text stands between all frames, and a frame may have lost any of its tokens: each is one run of placeholders.
+    if inputs.get("pixel_values_videos") is None:
+        _check_whole(inputs["mm_encoder_outputs"]["video"])
     rows = np.pad(inputs["input_ids"].cpu().numpy() == config.video_token_id, ((0, 0), (1, 1)))
     edges = np.diff(rows.astype(np.int8))
     return [Frames(int(n)) for n in np.argwhere(edges < 0)[:, 1] - np.argwhere(edges > 0)[:, 1]]
@@ -283,9 +285,7 @@ def _pooled_grids(keyword: str, placeholders: int, config: PreTrainedConfig, inp
 
 
 def _unframed(tokens: int, _: object) -> Frames:
-    raise InputError(
-        "video features computed beforehand do not tell how many frames they have; pass pixel_values_videos"
-    )
+    raise InputError("video features computed beforehand do not tell their frames; videos need a plain forward pass")
 
 
 _QWEN_IMAGES = Modality(
