@@ -184,13 +184,15 @@ def ovis2_prompt(image: Image) -> list[int]:
 
 def build_aria() -> torch.nn.Module:
     config = transformers.AriaConfig(
-        vision_config={**VISION, "model_type": "idefics3_vision"},
-        text_config={**TEXT, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+        vision_config=transformers.Idefics3VisionConfig(**VISION),
+        text_config=transformers.AriaTextConfig(**TEXT, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
         image_token_index=IMAGE,
         projector_patch_to_query_dict={36: TOKENS},
         initializer_range=0.1,
     )
-    return transformers.AriaForConditionalGeneration(config)
+    network = transformers.AriaForConditionalGeneration(config)
+    network.set_experts_implementation("eager")  # the default takes no float64
+    return network
 
 
 def build_janus() -> torch.nn.Module:
