@@ -186,18 +186,6 @@ def _parted_frames(tokens: int, positions: Ints) -> Frames:
     return Frames(height * width, count, (height, width))
 
 
-_GLM = Family(
-    (
-        Modality("image_token_id", "pixel_values", "image", partial(_patch_grids, "image_grid_thw"), _parted_frames),
-        # A frame has the placeholders of an image. The models take images or videos in a batch, not both.
-        Modality(
-            "image_token_id", "pixel_values_videos", "video", partial(_patch_grids, "video_grid_thw"), _parted_frames
-        ),
-    ),
-    axes=3,
-)
-
-
 def _equal_tiles(keyword: str, placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
     # ``(images, tiles, 3, height, width)``: a tile is all that features computed beforehand tell apart.
     tiles = prod(inputs[keyword].shape[:-3])
@@ -284,6 +272,19 @@ def _pooled_grids(keyword: str, placeholders: int, config: PreTrainedConfig, inp
     return [Frames(h * w, grid=(h, w)) for h, w in grids]
 
 
+def _paired_grids(keyword: str, placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    # Ernie merges pictures that follow one another into one frame.
+    merge = config.vision_config.temporal_merge_size
+    videos = _patch_grids(keyword, placeholders, config, inputs)
+    return [replace(video, count=video.count // merge) for video in videos]
+
+
+def _row_end_grids(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    # HunYuan has learned vectors at the end of each row, and around the image.
+    images = _patch_grids("image_grid_thw", placeholders, config, inputs)
+    return [Frames(height * (width + 1) + 2) for height, width in (image.grid for image in images if image.grid)]
+
+
 def _unframed(tokens: int, _: object) -> Frames:
     raise InputError("video features computed beforehand do not tell their frames; videos need a plain forward pass")
 
@@ -296,6 +297,14 @@ _QWEN_VIDEOS = Modality(
 )
 _QWEN2 = Family((_QWEN_IMAGES, _QWEN_VIDEOS), axes=3)
 _QWEN3 = Family((_QWEN_IMAGES, replace(_QWEN_VIDEOS, frames=_parted_frames)), axes=3)
+# A frame has the placeholders of an image. The models take images or videos in a batch, not both.
+_GLM = Family(
+    (
+        replace(_QWEN_IMAGES, frames=_parted_frames),
+        replace(_QWEN_VIDEOS, token="image_token_id", frames=_parted_frames),
+    ),
+    axes=3,
+)
 # Qwen's vision tower in front of a decoder with ordinary positions.
 _QWEN_TOWER = Family((replace(_QWEN_IMAGES, frames=_ungridded), replace(_QWEN_VIDEOS, frames=_unframed)))
 _VIDEO_LLAMA = Family(
@@ -377,6 +386,8 @@ FAMILIES = {
         Family((Modality("image_token_id", "pixel_values", "image", partial(_equal_tiles, "pixel_values"), _square),)),
     ),
     "step3p7": Family((Modality("image_token_id", "pixel_values", "image", _step_images, _ungridded),)),
+    "blip-2": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _ungridded),)),
+    "instructblip": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _ungridded),)),
     "chameleon": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
     "emu3": Family((Modality("image_token_id", "pixel_values", "image", _emu3_images, _ungridded),)),
     "fuyu": Family((Modality("image_token_id", "pixel_values", "image", _rows_and_newlines, None),)),
@@ -402,6 +413,10 @@ FAMILIES = {
     "video_llama_3": _VIDEO_LLAMA,
     "kimi_k25": _KIMI,
     **dict.fromkeys(("glm4v", "glm46v", "glmga", "glm4v_moe", "glm_ocr"), _GLM),
+    "ernie4_5_vl_moe": Family(
+        (_QWEN_IMAGES, replace(_QWEN_VIDEOS, sizes=partial(_paired_grids, "video_grid_thw"))), axes=3
+    ),
+    "hunyuan_vl": Family((replace(_QWEN_IMAGES, sizes=_row_end_grids, frames=_ungridded),), axes=4),
 }
 
 
