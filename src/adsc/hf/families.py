@@ -506,6 +506,8 @@ def layouts(family: Family, config: PreTrainedConfig, inputs: Inputs, real: Sequ
                 f"the prompts hold {len(where)} placeholders ({kind.token}), "
                 f"but the images have {sum(frames.tokens * frames.count for frames in images)} tokens"
             )
+        if not images:  # SmolVLM takes an empty image beside text
+            continue
         pieces = [(frames.tokens, frames.grid) for frames in images for _ in range(frames.count)]
         for piece, (_, grid) in zip(np.split(where, np.cumsum([n for n, _ in pieces])[:-1]), pieces, strict=True):
             row = piece[0, 0]
