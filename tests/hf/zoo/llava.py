@@ -232,6 +232,7 @@ def build_step3p7() -> torch.nn.Module:
         text_config=TEXT
         | {
             "pad_token_id": 0,
+            "initializer_range": 0.05,  # queries and keys are normalized; wider weights lose float32's last digits
             "head_dim": 12,
             # Sliding layers have heads of another number, and experts begin at layer 3.
             "layer_types": ["full_attention", *["sliding_attention"] * 3, "full_attention", "sliding_attention"],
