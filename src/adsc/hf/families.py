@@ -164,7 +164,8 @@ def _equal_queries(placeholders: int, config: PreTrainedConfig, inputs: Inputs) 
 def _patch_grids(keyword: str, placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
     if inputs.get(keyword) is None:
         raise InputError(f"pixels came without {keyword}; pass all that the processor returns")
-    merge = config.vision_config.spatial_merge_size
+    vision = config.vision_config
+    merge = vision.merge_size if hasattr(vision, "merge_size") else vision.spatial_merge_size
     grids = [(t, h // merge, w // merge) for t, h, w in inputs[keyword].tolist()]
     return [Frames(h * w, t, (h, w)) for t, h, w in grids]
 
@@ -285,6 +286,19 @@ def _row_end_grids(placeholders: int, config: PreTrainedConfig, inputs: Inputs) 
     return [Frames(height * (width + 1) + 2) for height, width in (image.grid for image in images if image.grid)]
 
 
+def _two_views(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    # Molmo 2 shows an image at low resolution, then at high resolution.
+    if inputs.get("image_grids") is None:
+        raise InputError("pixels came without image_grids; pass all that the processor returns")
+    return [Frames(low[0] * low[1] + h * w) for *low, h, w in inputs["image_grids"].tolist()]
+
+
+def _video_grids(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    if inputs.get("video_grids") is None:
+        raise InputError("pixels came without video_grids; pass all that the processor returns")
+    return [Frames(h * w, t, (h, w)) for t, h, w in inputs["video_grids"].tolist()]
+
+
 def _unframed(tokens: int, _: object) -> Frames:
     raise InputError("video features computed beforehand do not tell their frames; videos need a plain forward pass")
 
@@ -297,6 +311,8 @@ _QWEN_VIDEOS = Modality(
 )
 _QWEN2 = Family((_QWEN_IMAGES, _QWEN_VIDEOS), axes=3)
 _QWEN3 = Family((_QWEN_IMAGES, replace(_QWEN_VIDEOS, frames=_parted_frames)), axes=3)
+# The same with ordinary positions.
+_STAMPED = Family((replace(_QWEN_IMAGES, frames=_ungridded), replace(_QWEN_VIDEOS, frames=_parted_frames)))
 # A frame has the placeholders of an image. The models take images or videos in a batch, not both.
 _GLM = Family(
     (
@@ -416,6 +432,13 @@ FAMILIES = {
     "ernie4_5_vl_moe": Family(
         (_QWEN_IMAGES, replace(_QWEN_VIDEOS, sizes=partial(_paired_grids, "video_grid_thw"))), axes=3
     ),
+    **dict.fromkeys(("minimax_m3_vl", "muse_glimmer", "muse_spark"), _STAMPED),
+    "molmo2": Family(
+        (
+            replace(_QWEN_IMAGES, sizes=_two_views, frames=_ungridded),
+            replace(_QWEN_VIDEOS, sizes=_video_grids, frames=_parted_frames),
+        )
+    ),
     "hunyuan_vl": Family((replace(_QWEN_IMAGES, sizes=_row_end_grids, frames=_ungridded),), axes=4),
 }
 
@@ -527,7 +550,8 @@ def _encoded_frames(
     frames_of: Callable[[int, Ints], Frames], features: Any, where: Ints, positions: torch.Tensor | None
 ) -> list[Frames]:
     _check_whole(features)
-    encoded = features.pooler_output if features.get("pooler_output") is not None else features.last_hidden_state
+    encoded = getattr(features, "pooler_output", None)  # not always a field of the output's class
+    encoded = features.last_hidden_state if encoded is None else encoded
     lengths = [prod(feature.shape[:-1]) for feature in encoded]
     axes = positions[-3:].cpu().numpy() if positions is not None and positions.ndim == 3 else None
     frames = []

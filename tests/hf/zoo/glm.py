@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 import transformers
 
 from .qwen import qwen_pixels
-from .spec import IMAGE, TEXT, VIDEO, VISION_END, VISION_START, Image, Tiny, token_types
+from .spec import IMAGE, LAYERS, MARKER, TEXT, VIDEO, VISION_END, VISION_START, Image, Tiny, token_types
 
 # Half of each head is rotated, as in the real models: 3 frequencies of 6, one per axis.
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 1]}
@@ -151,6 +152,167 @@ def hunyuan_tokens(image: Image) -> list[int]:
     return [image.height * (image.width + 1) + 2]
 
 
+def build_minimax_m3_vl() -> torch.nn.Module:
+    # Layers with block-sparse attention are refused: a block is as many slots of the cache, whatever is in them.
+    text = {
+        **TEXT,
+        "head_dim": 12,
+        "rotary_dim": 6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "dense_intermediate_size": 64,
+        "shared_intermediate_size": 16,
+        "intermediate_size": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_layer_types": ["dense"] + ["sparse"] * (LAYERS - 1),
+    }
+    vision = {
+        "hidden_size": 36,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 4,
+    }
+    config = transformers.MiniMaxM3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        projector_hidden_size=32,
+    )
+    return eager_experts(transformers.MiniMaxM3SparseForConditionalGeneration(config))
+
+
+# As in the real models every fourth layer, counted from the last, has full attention and no positions; the others have
+# sliding windows.
+MUSE_TEXT = {**TEXT, "head_dim": 12, "sliding_window": 16, "output_multiplier": 1.0}
+MUSE_VISION = {
+    "patch_size": 4,
+    "pos_emb_height": 4,
+    "pos_emb_width": 4,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "layer_types": ["window_attention", "full_attention"],
+}
+MUSE = {
+    "vision_config": MUSE_VISION,
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "out_hidden_size": 128,
+    "projector_hidden_size": 32,
+}
+
+
+def build_muse_glimmer() -> torch.nn.Module:
+    return transformers.MuseGlimmerForConditionalGeneration(
+        transformers.MuseGlimmerConfig(text_config=MUSE_TEXT, **MUSE)
+    )
+
+
+def build_muse_spark() -> torch.nn.Module:
+    experts = {
+        "moe_hidden_size": 24,
+        "moe_intermediate_size": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "mlp_layer_types": ["dense"] + ["sparse"] * (LAYERS - 1),
+    }
+    audio = {
+        "patch_sizes": [2, 2],
+        "hidden_sizes": [8, 8],
+        "depths": [1, 1],
+        "num_hidden_layers": 2,
+        "out_hidden_size": 48,
+    }
+    config = transformers.MuseSparkConfig(
+        text_config=MUSE_TEXT | experts, audio_config=audio, audio_token_id=255, **MUSE
+    )
+    return eager_experts(transformers.MuseSparkForConditionalGeneration(config))
+
+
+def stamped(image: Image) -> list[int]:
+    """Frames with a time stamp and markers each, one number for the stamp."""
+    pictures = [IMAGE if image.frames == 1 else VIDEO] * (image.height * image.width)
+    frames = [[30 + stamp, VISION_START, *pictures, VISION_END] for stamp in range(image.frames)]
+    return list(chain.from_iterable(frames))
+
+
+def gridded(build: Any) -> Tiny:
+    return Tiny(build, grid_tokens, qwen_pixels, SIZES, prompt=stamped, video=Image(2, 4, frames=3))
+
+
+def build_molmo2() -> torch.nn.Module:
+    # Vocabulary and markers lie behind each other; here all ids are below 256.
+    text = {**TEXT, "head_dim": 12, "additional_vocab_size": 0}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "image_size": [24, 24],
+        "patch_size": 4,
+    }
+    adapter = {
+        "vision_feature_layer": [2, 1],
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "text_hidden_size": 48,
+    }
+    config = transformers.Molmo2Config(
+        text_config=text,
+        vision_config=vision,
+        adapter_config=adapter,
+        image_patch_id=IMAGE,
+        image_start_token_id=VISION_START,
+        low_res_image_start_token_id=VISION_START,
+        image_end_token_id=VISION_END,
+        frame_start_token_id=VISION_START,
+        frame_end_token_id=VISION_END,
+        initializer_range=0.1,
+    )
+    return transformers.Molmo2ForConditionalGeneration(config)
+
+
+LOW = 3  # rows and columns of the whole picture at low resolution
+
+
+def molmo2_tokens(image: Image) -> list[int]:
+    return [LOW * LOW + image.height * image.width]
+
+
+def molmo2_ids(image: Image) -> list[int]:
+    def view(height: int, width: int) -> list[int]:
+        return [VISION_START, *([IMAGE] * width + [MARKER]) * height, VISION_END]
+
+    return view(LOW, LOW) + view(image.height, image.width)
+
+
+def molmo2_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    # Markers count as parts of the image: they too see all of it.
+    return {"mm_token_type_ids": (ids >= IMAGE).int()}
+
+
+def molmo2_pixels(images: list[Image], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    # Crops of 6 x 6 patches: the whole picture, and one that all of its high resolution comes from.
+    tokens = [molmo2_tokens(image)[0] for image in images]
+    return {
+        "pixel_values": torch.randn(2 * len(images), 36, 3 * 4 * 4, generator=generator),
+        "image_token_pooling": torch.cat(
+            [72 * i + torch.randint(72, (n, 4), generator=generator) for i, n in enumerate(tokens)]
+        ),
+        "image_grids": torch.tensor([(LOW, LOW, image.height, image.width) for image in images]),
+        "image_num_crops": torch.full((len(images),), 2),
+    }
+
+
 def glm(build: Any) -> Tiny:
     # A frame of a video has the same placeholder as an image, between its own markers and a time stamp. The model
     # takes images or videos in a batch, never both.
@@ -182,5 +344,18 @@ TINY = {
         axes=4,
         markers=MARKERS,
         extra=token_types,
+    ),
+    "minimax_m3_vl": gridded(build_minimax_m3_vl),
+    "muse_glimmer": gridded(build_muse_glimmer),
+    "muse_spark": gridded(build_muse_spark),
+    # An image's two views are one span. The model takes images or videos in a batch, not both.
+    "molmo2": Tiny(
+        build_molmo2,
+        molmo2_tokens,
+        molmo2_pixels,
+        (Image(4, 6), Image(3, 3), Image(5, 4)),
+        grids=False,
+        prompt=molmo2_ids,
+        extra=molmo2_types,
     ),
 }
