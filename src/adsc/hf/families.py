@@ -460,6 +460,7 @@ FAMILIES = {
         (_QWEN_IMAGES, replace(_QWEN_VIDEOS, sizes=partial(_paired_grids, "video_grid_thw"))), axes=3
     ),
     **dict.fromkeys(("minimax_m3_vl", "muse_glimmer", "muse_spark"), _STAMPED),
+    "dots3_note": _QWEN_TOWER,
     "molmo2": Family(
         (
             replace(_QWEN_IMAGES, sizes=_two_views, frames=_ungridded),
