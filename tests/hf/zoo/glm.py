@@ -252,6 +252,57 @@ def gridded(build: Any) -> Tiny:
     return Tiny(build, grid_tokens, qwen_pixels, SIZES, prompt=stamped, video=Image(2, 4, frames=3))
 
 
+def build_dots3_note() -> torch.nn.Module:
+    # As in the real model layers 0, 1 and 5 attend to the keys that an indexer chooses, the others to a sliding window.
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 12, "head_dim": 12}
+    heads |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
+    text = {
+        **TEXT,
+        **heads,
+        **{f"swa_{name}": value for name, value in heads.items()},
+        "initializer_range": 0.06,  # the normalized latents amplify rounding
+        "index_topk": 8,
+        "index_head_dim": 8,
+        "index_n_heads": 16,  # with few, scores are often zero, and which of equal ones wins depends on what is there
+        "sliding_window": 16,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 4,
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_local_experts": 4,
+        "adapter_in_dim": 32,
+        "adapter_out_dim": 48,
+    }
+    audio = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "feature_size": 8,
+        "downsample_hidden_size": 8,
+        "adapter_input_size": 16,
+        "adapter_out_dim": 48,
+    }
+    config = transformers.Dots3NoteConfig(
+        text_config=text,
+        vision_config=vision,
+        audio_config=audio,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=255,
+    )
+    return eager_experts(transformers.Dots3NoteForConditionalGeneration(config))
+
+
 def build_molmo2() -> torch.nn.Module:
     # Vocabulary and markers lie behind each other; here all ids are below 256.
     text = {**TEXT, "head_dim": 12, "additional_vocab_size": 0}
@@ -356,6 +407,7 @@ TINY = {
     "minimax_m3_vl": gridded(build_minimax_m3_vl),
     "muse_glimmer": gridded(build_muse_glimmer),
     "muse_spark": gridded(build_muse_spark),
+    "dots3_note": Tiny(build_dots3_note, grid_tokens, flat_pixels, SIZES, markers=MARKERS, video=Image(2, 4, frames=3)),
     # An image's two views are one span. The model takes images or videos in a batch, not both.
     "molmo2": Tiny(
         build_molmo2,
@@ -367,3 +419,5 @@ TINY = {
         extra=molmo2_types,
     ),
 }
+# Those that this version of transformers has.
+TINY = {name: tiny for name, tiny in TINY.items() if name in transformers.CONFIG_MAPPING}
