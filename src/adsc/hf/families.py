@@ -425,6 +425,9 @@ FAMILIES = {
     ),
     "step3p7": Family((Modality("image_token_id", "pixel_values", "image", _step_images, _ungridded),)),
     "blip-2": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _ungridded),)),
+    "instructblipvideo": Family(
+        (Modality("video_token_id", "pixel_values", "", partial(_equal_tiles, "pixel_values"), None),)
+    ),
     "instructblip": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _ungridded),)),
     "chameleon": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
     "emu3": Family((Modality("image_token_id", "pixel_values", "image", _emu3_images, _ungridded),)),

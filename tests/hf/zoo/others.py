@@ -216,10 +216,28 @@ def instructblip_pixels(images: list[Image], generator: torch.Generator) -> dict
     return {**blip_2_pixels(images, generator), "qformer_input_ids": words}
 
 
+def build_instructblipvideo() -> torch.nn.Module:
+    return q_former("InstructBlipVideo", video_token_index=VIDEO)
+
+
+def instructblipvideo_pixels(images: list[Image], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The Q-Former reads the instruction with every frame; videos of a batch have the same number of these."""
+    videos, frames = len(images), images[0].frames
+    words = torch.randint(1, 256, (videos, 5), generator=generator)
+    return {"pixel_values": torch.randn(videos, frames, 3, 8, 8, generator=generator), "qformer_input_ids": words}
+
+
 SIZES = (Image(4, 6), Image(3, 3), Image(5, 2))
 TINY = {
     "blip-2": Tiny(build_blip_2, lambda image: [18], blip_2_pixels, grids=False),
     "instructblip": Tiny(build_instructblip, lambda image: [18], instructblip_pixels, grids=False),
+    "instructblipvideo": Tiny(
+        build_instructblipvideo,
+        lambda video: [18] * video.frames,
+        instructblipvideo_pixels,
+        (Image(frames=2),) * 3,
+        grids=False,
+    ),
     "chameleon": Tiny(build_chameleon, lambda image: [25], pixels_10),
     "cohere_compass": Tiny(build_cohere_compass, **QWEN3),
     "deepseek_ocr2": Tiny(
