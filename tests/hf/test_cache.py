@@ -332,9 +332,6 @@ def test_the_text_after_an_image_may_be_cropped(family):
 
 
 def test_rows_of_different_length_are_not_cropped():
-
-
-def test_rows_of_different_length_are_not_cropped():
     network, made = model("llava"), case("llava", "right_padding")
     with torch.no_grad(), adsc.compress(network, SCHEDULE):
         cache = network(**made.inputs).past_key_values
