@@ -8,6 +8,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 from math import isqrt, prod, sqrt
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class Modality:
     Attributes
     ----------
     token
-        Field of the config with the placeholder id.
+        Field of the config with the placeholder id, dots for those of parts.
     pixels
         Keyword of the forward pass with the raw pixels.
     encoded
@@ -367,6 +368,23 @@ def _placed_patches(
     return [Frames(height * width, grid=(height, width)) for width, height in sizes.tolist()]
 
 
+def _phi4_images(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    # The crops' grid without padding, with one token after each row; one token; the small image, likewise with rows.
+    if not placeholders:  # decoding steps come with the pixels too
+        return []
+    if inputs.get("image_sizes") is None or inputs.get("image_attention_mask") is None:
+        raise InputError("pixels came without image_sizes or image_attention_mask; pass all that the processor returns")
+    frames = []
+    for (height, width), mask in zip(inputs["image_sizes"].tolist(), inputs["image_attention_mask"], strict=True):
+        crops = mask[1:, ::2, ::2]
+        across, side = width // config.vision_config.crop_size, crops.shape[-1]
+        down = height // config.vision_config.crop_size
+        rows = int(crops[: down * across : across, :, 0].sum())
+        columns = int(crops[:across, 0].sum())
+        frames.append(Frames(rows * (columns + 1) + 1 + side * (side + 1)))
+    return frames
+
+
 def _gemma4(pooled: bool) -> Family:
     images, frames = (partial(_placed_patches, f"{kind}_position_ids", pooled) for kind in ("image", "video"))
     return Family(
@@ -385,6 +403,9 @@ FAMILIES = {
     "mistral3": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _row_frames),)),
     "lighton_ocr": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _ungridded),)),
     "llama4": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),  # of tiles
+    "phi4_multimodal": Family(
+        (Modality("vision_config.image_token_id", "image_pixel_values", "image", _phi4_images, _ungridded),)
+    ),
     "gemma4": _gemma4(pooled=True),
     "gemma4_unified": _gemma4(pooled=False),
     "llava_next": Family((Modality("image_token_id", "pixel_values", "image", _anyres_images, _ungridded),)),
@@ -418,7 +439,13 @@ FAMILIES = {
     "instructblip": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _ungridded),)),
     "chameleon": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
     "emu3": Family((Modality("image_token_id", "pixel_values", "image", _emu3_images, _ungridded),)),
-    "fuyu": Family((Modality("image_token_id", "pixel_values", "image", _rows_and_newlines, None),)),
+    "fuyu": Family(
+        (
+            Modality("image_token_id", "pixel_values", "image", _rows_and_newlines, None),
+            # What the keyword was called before, and the processor still calls it.
+            Modality("image_token_id", "image_patches", "", _rows_and_newlines, None),
+        )
+    ),
     "fast_vlm": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
     "deepseek_ocr2": Family((Modality("image_token_id", "pixel_values", "image", _tiles_and_whole, _ungridded),)),
     "perception_lm": Family(
@@ -445,6 +472,7 @@ FAMILIES = {
         (_QWEN_IMAGES, replace(_QWEN_VIDEOS, sizes=partial(_paired_grids, "video_grid_thw"))), axes=3
     ),
     **dict.fromkeys(("minimax_m3_vl", "muse_glimmer", "muse_spark"), _STAMPED),
+    "dots3_note": _QWEN_TOWER,
     "molmo2": Family(
         (
             replace(_QWEN_IMAGES, sizes=_two_views, frames=_ungridded),
@@ -530,7 +558,7 @@ def has_vision(family: Family, inputs: Inputs) -> bool:
 def check_text(family: Family, config: PreTrainedConfig, ids: torch.Tensor) -> None:
     """Refuse placeholders without features: the model would read them as words."""
     for kind in family.modalities:
-        if (ids == getattr(config, kind.token)).any():
+        if (ids == attrgetter(kind.token)(config)).any():
             raise InputError(f"the prompt holds placeholders ({kind.token}) but no {kind.pixels} came with it")
 
 
@@ -586,7 +614,8 @@ def layouts(family: Family, config: PreTrainedConfig, inputs: Inputs, real: Sequ
         features = _features(kind, inputs)
         if features is None:
             continue
-        where = np.argwhere(ids == getattr(config, kind.token))  # row-major, the order in which features are filled in
+        # Row-major, the order in which features are filled in.
+        where = np.argwhere(ids == attrgetter(kind.token)(config))
         if torch.is_tensor(features) or kind.frames is None:
             images = kind.sizes(len(where), config, inputs)
         else:

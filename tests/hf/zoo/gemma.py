@@ -1,8 +1,9 @@
-"""Gemma's vision-language models, those with Pixtral's tower (Mistral 3, LightOnOCR), and Llama 4."""
+"""Gemma's vision-language models, those with Pixtral's tower (Mistral 3, LightOnOCR), Llama 4 and Phi-4."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from functools import partial
 from typing import Any
 
@@ -263,6 +264,47 @@ def llama4_prompt(image: Image) -> list[int]:
     return [VISION_START, *rows, MARKER + 1, *tile, VISION_END]
 
 
+def build_phi4_multimodal() -> torch.nn.Module:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 2,
+        "crop_size": 8,
+        "image_token_id": IMAGE,
+    }
+    audio = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_blocks": 1,
+        "num_attention_heads": 2,
+        "audio_token_id": VIDEO,
+    }
+    config = transformers.Phi4MultimodalConfig(**{**TEXT, "pad_token_id": 0}, vision_config=vision, audio_config=audio)
+    return transformers.Phi4MultimodalForCausalLM(config)
+
+
+def phi4_pixels(images: list[Image], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Sizes in tokens, 2 x 2 in a crop; the whole image comes first, and the crops are padded."""
+    down_across = [(math.ceil(image.height / 2), math.ceil(image.width / 2)) for image in images]
+    crops = 1 + max(down * across for down, across in down_across)
+    mask = torch.zeros(len(images), crops, 4, 4)
+    for part, image, (down, across) in zip(mask, images, down_across, strict=True):
+        whole = torch.zeros(4 * down, 4 * across)
+        whole[: 2 * image.height, : 2 * image.width] = 1
+        part[0] = 1
+        part[1 : 1 + down * across] = (
+            whole.unflatten(1, (across, 4)).unflatten(0, (down, 4)).transpose(1, 2).flatten(0, 1)
+        )
+    return {
+        "image_pixel_values": torch.randn(len(images), crops, 3, 8, 8, generator=generator),
+        "image_sizes": 8 * torch.tensor(down_across),
+        "image_attention_mask": mask,
+    }
+
+
 SIZES = (Image(4, 6), Image(3, 3), Image(5, 4))
 GEMMA4_IMAGES: dict[str, Any] = {
     "images": SIZES,
@@ -285,6 +327,15 @@ TINY = {
         llama4_pixels,
         (Image(1, 2), Image(1, 1), Image(2, 1)),
         prompt=llama4_prompt,
+    ),
+    # A token after each row, then one, then the small image. Each image has padding: its tower takes sdpa without a
+    # mask for causal.
+    "phi4_multimodal": Tiny(
+        build_phi4_multimodal,
+        lambda image: [image.height * (image.width + 1) + 1 + 2 * 3],
+        phi4_pixels,
+        (Image(2, 3), Image(2, 1), Image(3, 2)),
+        grids=False,
     ),
     # The large models: images are bidirectional blocks.
     "gemma4": Tiny(

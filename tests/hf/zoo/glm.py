@@ -186,7 +186,15 @@ def build_minimax_m3_vl() -> torch.nn.Module:
 
 # As in the real models every fourth layer, counted from the last, has full attention and no positions; the others have
 # sliding windows.
-MUSE_TEXT = {**TEXT, "head_dim": 12, "sliding_window": 16, "output_multiplier": 1.0}
+MUSE_TEXT = {
+    **TEXT,
+    "head_dim": 12,
+    "sliding_window": 16,
+    # So many norms amplify rounding; these keep it small.
+    "qk_scale_factor": 1.0,
+    "post_norm_eps": 0.01,
+    "output_multiplier": 0.2,
+}
 MUSE_VISION = {
     "patch_size": 4,
     "pos_emb_height": 4,

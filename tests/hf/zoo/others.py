@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
-from transformers import LlamaConfig, OPTConfig, PersimmonConfig, Qwen2Config, SamVisionConfig
+from transformers import LlamaConfig, OPTConfig, Qwen2Config, SamVisionConfig
 
 from .spec import IMAGE, MARKER, TEXT, VIDEO, Image, Tiny, clip
 
@@ -66,8 +66,10 @@ def emu3_pixels(images: list[Image], generator: torch.Generator) -> dict[str, to
 
 
 def build_fuyu() -> torch.nn.Module:
-    text = PersimmonConfig(**{name: value for name, value in TEXT.items() if name != "num_key_value_heads"})
-    return transformers.FuyuForCausalLM(transformers.FuyuConfig(text_config=text, patch_size=2, image_token_id=IMAGE))
+    text = {name: value for name, value in TEXT.items() if name != "num_key_value_heads"}
+    config = transformers.FuyuConfig(**text, patch_size=2, image_token_id=IMAGE)  # flat, as the hub has it
+    config.text_config.initializer_range = TEXT["initializer_range"]
+    return transformers.FuyuForCausalLM(config)
 
 
 def fuyu_prompt(image: Image) -> list[int]:
@@ -77,7 +79,7 @@ def fuyu_prompt(image: Image) -> list[int]:
 
 def fuyu_pixels(images: list[Image], generator: torch.Generator) -> dict[str, torch.Tensor]:
     patches = sum(image.height * image.width for image in images)
-    return {"pixel_values": torch.randn(patches, 3 * 2 * 2, generator=generator)}
+    return {"image_patches": torch.randn(patches, 3 * 2 * 2, generator=generator)}
 
 
 def build_perception_lm() -> torch.nn.Module:

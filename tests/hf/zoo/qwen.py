@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import transformers
+from packaging.version import Version
 
 from .spec import IMAGE, TEXT, VIDEO, VISION_END, VISION_START, Image, Tiny, token_types
 
@@ -38,6 +39,19 @@ DEEPSTACK = {
 }
 
 
+def double(model: torch.nn.Module) -> torch.nn.Module:
+    """With experts that work in float64 too, as the grouped matrix products that are the default do not."""
+    model.set_experts_implementation("eager")
+    return model
+
+
+def silent(model: torch.nn.Module) -> torch.nn.Module:
+    """A model that reads positions off the ids must not say markers and placeholders itself, as a random one may."""
+    with torch.no_grad():
+        model.lm_head.weight[IMAGE:] = 0
+    return model
+
+
 def build_qwen2_vl() -> torch.nn.Module:
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 48, "mlp_ratio": 1, "num_heads": 2, "patch_size": 4}
     config = transformers.Qwen2VLConfig(text_config=TEXT | MROPE, vision_config=vision, **IDS)
@@ -59,7 +73,7 @@ def build_qwen3_vl() -> torch.nn.Module:
 def build_qwen3_vl_moe() -> torch.nn.Module:
     text = {**TEXT, **MIXED, **EXPERTS, "head_dim": 12}
     config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=DEEPSTACK, **IDS)
-    return transformers.Qwen3VLMoeForConditionalGeneration(config)
+    return double(transformers.Qwen3VLMoeForConditionalGeneration(config))
 
 
 def build_cosmos3_omni() -> torch.nn.Module:
@@ -125,7 +139,7 @@ def build_qwen2_5_omni() -> torch.nn.Module:
         vision_end_token_id=VISION_END,
         **SOUNDS,
     )
-    return transformers.Qwen2_5OmniThinkerForConditionalGeneration(config)
+    return silent(transformers.Qwen2_5OmniThinkerForConditionalGeneration(config))
 
 
 def build_qwen3_omni_moe() -> torch.nn.Module:
@@ -133,7 +147,7 @@ def build_qwen3_omni_moe() -> torch.nn.Module:
     config = transformers.Qwen3OmniMoeThinkerConfig(
         text_config={**TEXT, **MIXED, **EXPERTS}, vision_config=DEEPSTACK, audio_config=audio, **IDS, **SOUNDS
     )
-    return transformers.Qwen3OmniMoeThinkerForConditionalGeneration(config)
+    return silent(double(transformers.Qwen3OmniMoeThinkerForConditionalGeneration(config)))
 
 
 def build_kimi_k25() -> torch.nn.Module:
@@ -158,7 +172,7 @@ def build_kimi_k25() -> torch.nn.Module:
     config = transformers.Kimi_K25Config(
         text_config=text, vision_config=vision, projection_hidden_size=32, tie_word_embeddings=False, **IDS
     )
-    return transformers.Kimi_K25ForConditionalGeneration(config)
+    return double(transformers.Kimi_K25ForConditionalGeneration(config))
 
 
 def qwen_pixels(images: list[Image], generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -194,6 +208,15 @@ def square_pixels(images: list[Image], generator: torch.Generator) -> dict[str, 
     return {
         name: value.unflatten(1, (3, 4, 4)) if name.startswith("pixel") else value for name, value in inputs.items()
     }
+
+
+def kimi_pixels(images: list[Image], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Each group of frames has a grid of its own. Of one frame: with more of them the dense model fails."""
+    inputs = square_pixels(images, generator)
+    if "video_grid_thw" in inputs:
+        grids = inputs["video_grid_thw"]
+        inputs["video_grid_thw"] = grids.repeat_interleave(grids[:, 0], 0).index_fill(1, torch.tensor([0]), 1)
+    return inputs
 
 
 def video_llama_pixels(images: list[Image], generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -270,7 +293,13 @@ BUILDERS = {
         QWEN2 | {"pixels": square_pixels, "video": None},
     ),
     "video_llama_3": ("VideoLlama3ForConditionalGeneration", build_video_llama_3, VIDEO_LLAMA),
-    "kimi_k25": ("Kimi_K25ForConditionalGeneration", build_kimi_k25, TOWER | {"pixels": square_pixels, "video": None}),
+    "kimi_k25": (
+        "Kimi_K25ForConditionalGeneration",
+        build_kimi_k25,
+        TOWER | {"pixels": kimi_pixels, "prompt": stamped},
+    ),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", build_qwen3_vl_moe, QWEN3),
 }
+if Version(transformers.__version__) < Version("5.20"):
+    del BUILDERS["cosmos3_edge"]  # without attention mask it takes gaps in image positions for packed sequences
 TINY = {name: Tiny(build, **facts) for name, (needs, build, facts) in BUILDERS.items() if hasattr(transformers, needs)}
