@@ -27,7 +27,7 @@ from ..methods import Method, as_method
 from ..planning import Plan
 from ..schedule import Ratio, Schedule
 from . import caches
-from .families import check_text, family_of, has_vision, layouts, real_positions, windows
+from .families import check_text, family_of, has_vision, layouts, real_positions, whole_until, windows
 from .views import Call, Extent, Ints, continue_call, plan_call, remember
 
 KEYWORD = "adsc"  # under which a call travels from the decoder to its layers
@@ -96,7 +96,7 @@ class Handle:
         self._family = family_of(model.config)
         self._decoder = _decoder(self._base)
         self.num_layers = len(self._decoder.layers)
-        self._between = self._family.between(model.config)
+        self._whole_until = whole_until(model.config)
         self._windows = windows(self._decoder.config)
         self._parameters = list(inspect.signature(type(self._decoder.layers[0]).forward).parameters)[1:]
         self._others = [name for name in self._parameters if name not in SWAPPED]
@@ -112,7 +112,7 @@ class Handle:
         for index, layer in enumerate(self._decoder.layers):
             enter, leave = partial(self._enter_layer, index), partial(self._leave_layer, index)
             self._hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-            if index < self._between:
+            if index < self._whole_until:
                 self._hooks.append(layer.register_forward_hook(leave, with_kwargs=True, prepend=True))
         if "labels" in inspect.signature(model.forward).parameters:
             model.forward = _Forward(self, model.forward)
@@ -355,14 +355,14 @@ class Handle:
         if call is None:
             return None
         kwargs = {**kwargs, **dict(zip(self._parameters[1:], args[1:], strict=False))}
-        if index >= self._between:  # it is needed once more when the layer is left
+        if index >= self._whole_until:  # it is needed once more when the layer is left
             del kwargs[KEYWORD]
         call.reached = call.reached or index == self.num_layers - 1
         view = call.views[index]
         if view is None:
             return args[:1], kwargs
         part = view.part
-        hidden = part.enter(args[0], index, whole=index <= self._between)
+        hidden = part.enter(args[0], index, whole=index <= self._whole_until)
         flash = self._decoder.config._attn_implementation in FLASH
         kwargs["attention_mask"] = view.mask(kwargs.get("attention_mask"), flash)
         # Rotary embeddings carry the positions. Ids with gaps would look like packed sequences to FlashAttention.
@@ -412,7 +412,7 @@ class Handle:
         if output.hidden_states is not None:  # entry i is the output of layer i − 1, the last one that of the norm
             first, *inner, normed = output.hidden_states  # None where only some were asked for
             inner = [
-                x if x is None or view is None or index < self._between else view.part.restore(x)
+                x if x is None or view is None or index < self._whole_until else view.part.restore(x)
                 for index, (x, view) in enumerate(zip(inner, call.views, strict=False))
             ]
             output.hidden_states = (first, *inner, normed if normed is None else output.last_hidden_state)

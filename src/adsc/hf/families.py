@@ -25,14 +25,6 @@ Inputs = Mapping[str, Any]
 Grid = tuple[int, int]
 
 
-def _nowhere(_: PreTrainedConfig) -> int:
-    return 0
-
-
-def _deepstack(config: PreTrainedConfig) -> int:
-    return len(config.vision_config.deepstack_visual_indexes)
-
-
 @dataclass(frozen=True)
 class Frames:
     """The vision tokens of one image or video: ``count`` frames (1 for an image) of ``tokens`` each."""
@@ -79,14 +71,10 @@ class Family:
         Kinds of vision input that it takes.
     axes
         Axes of its rotary positions: 1, or 3 for M-RoPE.
-    between
-        Of a config: behind how many of the first decoder layers the decoder itself works on the hidden states of all
-        tokens (DeepStack adds vision features there).
     """
 
     modalities: tuple[Modality, ...]
     axes: int = 1
-    between: Callable[[PreTrainedConfig], int] = _nowhere
 
 
 def _square(tokens: int, _: object = None) -> Frames:
@@ -540,6 +528,14 @@ def _runs(token: str, keyword: str, placeholders: int, config: PreTrainedConfig,
             "nothing more: put text between images, and none inside"
         )
     return [Frames(tokens)] * images
+
+
+def whole_until(config: PreTrainedConfig) -> int:
+    """Behind so many of the first decoder layers the decoder itself works on the hidden states of all tokens, to add
+    vision features to them (DeepStack)."""
+    indexes = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    layers = [layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()]  # Granite, in front of these
+    return max([len(indexes), *layers, *(getattr(config, "spatial_target_layers", None) or ())])
 
 
 def windows(text: PreTrainedConfig) -> list[int | None]:
