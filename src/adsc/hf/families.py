@@ -388,6 +388,7 @@ FAMILIES = {
     "llava": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
     "paligemma": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
     "gemma3": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
+    "shieldgemma2": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
     "mistral3": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _row_frames),)),
     "lighton_ocr": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _ungridded),)),
     "llama4": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),  # of tiles
@@ -450,7 +451,7 @@ FAMILIES = {
     "idefics2": _marked(_ungridded),
     **dict.fromkeys(("idefics3", "smolvlm", "granite_docling"), _marked(_square)),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), _QWEN2),
-    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cosmos3_edge"), _QWEN3),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "cosmos3_omni", "cosmos3_edge", "cohere_compass"), _QWEN3),
     **dict.fromkeys(("exaone4_5", "hyperclovax_vision_v2"), _QWEN_TOWER),
     "paddleocr_vl": Family((_QWEN_IMAGES,), axes=3),
     "video_llama_3": _VIDEO_LLAMA,

@@ -48,11 +48,11 @@ def prefix(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"token_type_ids": torch.zeros_like(ids)}
 
 
-def build_gemma3() -> torch.nn.Module:
+def build_gemma3(kind: type = transformers.Gemma3Config) -> torch.nn.Module:
     text = transformers.Gemma3TextConfig(
         **TEXT, head_dim=12, query_pre_attn_scalar=12, sliding_window=WINDOW, layer_types=LAYER_TYPES
     )
-    config = transformers.Gemma3Config(
+    config = kind(
         vision_config=siglip(20, 2),  # 10 x 10 patches, pooled to 5 x 5
         text_config=text,
         mm_tokens_per_image=25,
@@ -282,7 +282,10 @@ def build_phi4_multimodal() -> torch.nn.Module:
         "num_attention_heads": 2,
         "audio_token_id": VIDEO,
     }
-    config = transformers.Phi4MultimodalConfig(**{**TEXT, "pad_token_id": 0}, vision_config=vision, audio_config=audio)
+    # Smaller weights than elsewhere: its tower in eager rounds to float32 whatever the dtype.
+    config = transformers.Phi4MultimodalConfig(
+        **{**TEXT, "pad_token_id": 0, "initializer_range": 0.05}, vision_config=vision, audio_config=audio
+    )
     return transformers.Phi4MultimodalForCausalLM(config)
 
 
@@ -306,6 +309,12 @@ def phi4_pixels(images: list[Image], generator: torch.Generator) -> dict[str, to
 
 
 SIZES = (Image(4, 6), Image(3, 3), Image(5, 4))
+GEMMA3: dict[str, Any] = {
+    "tokens": lambda image: [25],
+    "pixels": gemma3_pixels,
+    "markers": ([VISION_START], [VISION_END]),
+    "extra": image_types,
+}
 GEMMA4_IMAGES: dict[str, Any] = {
     "images": SIZES,
     "prompt": gemma4_prompt,
@@ -315,9 +324,8 @@ GEMMA4_IMAGES: dict[str, Any] = {
 
 TINY = {
     "paligemma": Tiny(build_paligemma, lambda image: [25], square_pixels, extra=prefix),
-    "gemma3": Tiny(
-        build_gemma3, lambda image: [25], gemma3_pixels, markers=([VISION_START], [VISION_END]), extra=image_types
-    ),
+    "gemma3": Tiny(build_gemma3, **GEMMA3),
+    "shieldgemma2": Tiny(partial(build_gemma3, transformers.ShieldGemma2Config), **GEMMA3),
     "mistral3": Tiny(build_mistral3, merged, pixtral_pixels, SIZES, prompt=broken_rows),
     "lighton_ocr": Tiny(build_lighton_ocr, merged, pixtral_pixels, SIZES),
     # Inputs tell tiles, not images: each tile, between its separators, is a span.

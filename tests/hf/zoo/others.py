@@ -6,6 +6,7 @@ import torch
 import transformers
 from transformers import LlamaConfig, OPTConfig, Qwen2Config, SamVisionConfig
 
+from .qwen import DEEPSTACK, IDS, QWEN3
 from .spec import IMAGE, MARKER, TEXT, VIDEO, Image, Tiny, clip
 
 # Of the ids below, 200 to 231 also stand for entries of an image tokenizer's codebook.
@@ -168,6 +169,20 @@ def deepseek_ocr2_pixels(images: list[Image], generator: torch.Generator) -> dic
     return inputs
 
 
+def build_cohere_compass() -> torch.nn.Module:
+    # Rotary positions in windows shorter than the prompts, none in the layers that see everything.
+    layers = (["sliding_attention"] * 3 + ["full_attention"]) * 2
+    rotary = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+    text = {
+        **TEXT,
+        "layer_types": layers[: TEXT["num_hidden_layers"]],
+        "sliding_window": 16,
+        "rope_parameters": {"sliding_attention": rotary, "full_attention": None},
+    }
+    config = transformers.CohereCompassConfig(text_config=text, vision_config=DEEPSTACK, **IDS)
+    return transformers.CohereCompassForConditionalGeneration(config)
+
+
 def q_former(prefix: str, **more: object) -> torch.nn.Module:
     text = {name: value for name, value in TEXT.items() if name not in ("num_key_value_heads", "intermediate_size")}
     layers = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -206,6 +221,7 @@ TINY = {
     "blip-2": Tiny(build_blip_2, lambda image: [18], blip_2_pixels, grids=False),
     "instructblip": Tiny(build_instructblip, lambda image: [18], instructblip_pixels, grids=False),
     "chameleon": Tiny(build_chameleon, lambda image: [25], pixels_10),
+    "cohere_compass": Tiny(build_cohere_compass, **QWEN3),
     "deepseek_ocr2": Tiny(
         build_deepseek_ocr2,
         deepseek_ocr2_tokens,
