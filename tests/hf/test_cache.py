@@ -25,10 +25,10 @@ GREEDY = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, 
 def grown(made: Batch, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     """The inputs with tokens fed back, ``(batch, n)``."""
     inputs, n = dict(made.inputs), tokens.shape[1]
-    inputs["input_ids"] = torch.cat((inputs["input_ids"], tokens), 1)
-    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
-        if name in inputs:
-            inputs[name] = torch.nn.functional.pad(inputs[name], (0, n), value=value)
+    for name, value in made.inputs.items():
+        if value.shape == made.inputs["input_ids"].shape:  # masks and types too
+            inputs[name] = torch.nn.functional.pad(value, (0, n), value=int(name == "attention_mask"))
+    inputs["input_ids"] = torch.cat((made.inputs["input_ids"], tokens), 1)
     return inputs
 
 

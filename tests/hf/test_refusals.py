@@ -55,7 +55,7 @@ def test_linear_attention_inside_a_known_family():
 def test_compact_positions_without_rotary_embeddings():
     text = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 6, "ffn_dim": 16, "num_attention_heads": 2}
     network = llava_with(transformers.OPTConfig(**text, tie_word_embeddings=False))
-    with pytest.raises(adsc.UnsupportedModelError, match="need rotary embeddings"):
+    with pytest.raises(adsc.UnsupportedModelError, match="need one rotary embedding"):
         adsc.attach(network, adsc.ADSCConfig(adsc.Schedule.parse(SCHEDULE), positions="compact"))
 
 

@@ -59,6 +59,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.methods: list[Method] = []
         self.plans: list[Plan] = []
+        self.inside = False  # whether the base model is running
         self.planned: _Planned | None = None  # from the base model to its decoder
         self.ahead: tuple[int, int, _Planned] | None = None  # by the user: batch, tokens and what was planned
 
@@ -199,13 +200,15 @@ class Handle:
         method.validate(self.num_layers)
         rope = getattr(self._decoder.config, "rope_parameters", None) or {}
         if method.positions == "compact":
+            rotary = [name for name, _ in self._decoder.named_children() if name.startswith("rotary")]
+            if rotary != ["rotary_emb"]:
+                raise UnsupportedModelError(
+                    f"positions 'compact' need one rotary embedding, but {type(self._decoder).__name__} has "
+                    f"{len(rotary)}; use 'original'"
+                )
             if rope.get("rope_type") in ("dynamic", "longrope"):
                 raise UnsupportedModelError(
-                    f"positions 'compact' with rope type {rope['rope_type']}, which depends on the length; use 'original'"
-                )
-            if not isinstance(getattr(self._decoder, "rotary_emb", None), nn.Module):
-                raise UnsupportedModelError(
-                    f"positions 'compact' need rotary embeddings, which {type(self._decoder).__name__} lacks; "
+                    f"positions 'compact' with rope type {rope['rope_type']}, which depends on the length; "
                     "use 'original'"
                 )
 
@@ -251,6 +254,7 @@ class Handle:
 
     def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Base model: ids and images are seen here, so this is where calls are planned."""
+        self._thread.inside = True
         inputs, method = _named(module.forward, args, kwargs), self.method
         cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
         if not method.reduces:
@@ -263,16 +267,20 @@ class Handle:
             planned = self._plan_call(inputs)
             self._thread.plans, self._thread.planned = planned.plans, planned
         elif ids is None:
-            if inputs.get("inputs_embeds") is not None and (cache is None or cache.get_seq_length() == 0):
-                raise InputError(
-                    "inputs_embeds may hide vision tokens; pass input_ids and pixel_values, or say where the vision "
-                    "tokens are: with handle.planned(inputs, spans=...)"
-                )
+            self._check_embeds(inputs)
         elif ids.shape[1] > 1 and not (_is_reduced(cache) and cache.get_seq_length()):
             # A prompt, not candidates of assisted decoding: those found by prompt look-up may be placeholders.
             if not torch.compiler.is_compiling():
                 check_text(self._family, self.model.config, ids)
             self._thread.plans = []
+
+    def _check_embeds(self, inputs: dict[str, Any]) -> None:
+        cache = inputs.get("past_key_values")
+        if inputs.get("inputs_embeds") is not None and (cache is None or cache.get_seq_length() == 0):
+            raise InputError(
+                "inputs_embeds may hide vision tokens; pass input_ids and pixel_values, or say where the vision tokens "
+                "are: with handle.planned(inputs, spans)"
+            )
 
     @torch.compiler.disable
     def _plan_call(self, inputs: dict[str, Any]) -> _Planned:
@@ -282,7 +290,7 @@ class Handle:
         return self._plan(real, layouts(self._family, self.model.config, inputs, real))
 
     def _leave_base(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        self._thread.planned = None  # also after an error before the decoder
+        self._thread.inside, self._thread.planned = False, None  # also after an error before the decoder
 
     def _check_call(self, cache: object) -> None:
         attention = self._decoder.config._attn_implementation
@@ -290,6 +298,15 @@ class Handle:
             raise UnsupportedModelError(f"attention {attention!r} is not supported; use one of {', '.join(ATTENTION)}")
         if cache is not None:
             caches.check(cache)
+
+    def _check_length(self, extent: Extent) -> None:
+        """Llama 4 scales the queries of layers without rotary embeddings by their place among the keys they have."""
+        config, length = self._decoder.config, extent.past + extent.tokens
+        if getattr(config, "attn_temperature_tuning", False) and length >= config.floor_scale:
+            raise UnsupportedModelError(
+                f"{config.model_type} scales attention by position from {config.floor_scale} tokens on, so a sequence "
+                f"of {length} cannot be reduced exactly"
+            )
 
     def _check_flash(self, inputs: dict[str, Any], planned: _Planned | None, extent: Extent) -> None:
         """FlashAttention has no mask: it counts keys where windows mean positions, and reads packed sequences off
@@ -317,6 +334,11 @@ class Handle:
         planned, self._thread.planned = self._thread.planned, None
         inputs = _named(module.forward, args, kwargs)
         cache = inputs.get("past_key_values")
+        if not self._thread.inside and self.method.reduces:  # generate of BLIP-2, for one, runs its language model
+            planned = self._ahead(inputs)
+            self._thread.plans = planned.plans if planned else []
+            if planned is None and inputs.get("input_ids") is None and not _is_reduced(cache):
+                self._check_embeds(inputs)
         if planned is None and not _is_reduced(cache):
             return None
         tokens = _tokens(inputs)
@@ -325,6 +347,7 @@ class Handle:
         if planned is not None:
             extent = Extent(batch, width, int(past), tokens.device)
             self._check_held(cache, batch)
+            self._check_length(extent)
             self._check_flash(inputs, planned, extent)
             numbered = _not_padding(inputs.get("attention_mask"), extent) if self._renumbers(cache) else None
             inputs[KEYWORD] = plan_call(extent, cache, planned.plans, planned.real, self.num_layers, numbered)
@@ -332,6 +355,7 @@ class Handle:
             extent = Extent(batch, width, past, tokens.device)
             self._check_call(cache)
             self._check_held(cache, batch)
+            self._check_length(extent)
             self._check_flash(inputs, None, extent)
             numbered = partial(_not_padding, inputs.get("attention_mask"), extent)
             inputs[KEYWORD] = continue_call(extent, cache, self.num_layers, numbered)
@@ -368,11 +392,11 @@ class Handle:
         # Rotary embeddings carry the positions. Ids with gaps would look like packed sequences to FlashAttention.
         kwargs["position_ids"] = None
         rotary = kwargs.get("position_embeddings")  # absent where positions are added to the embeddings
-        if (ranks := part.ranks) is not None:
+        if (ranks := part.ranks) is not None and rotary is not None:
             kwargs["position_embeddings"] = view.once(rotary, lambda: self._compact_rotary(index, hidden, ranks))
-        elif part.rows is not None:
-            if rotary is not None:
-                kwargs["position_embeddings"] = view.once(rotary, lambda: _each(part.gather, rotary))
+        elif part.rows is not None and rotary is not None:
+            kwargs["position_embeddings"] = view.once(rotary, lambda: _each(part.gather, rotary))
+        if part.rows is not None:
             for name in self._others:
                 if isinstance(value := kwargs.get(name), Tensor):
                     if name not in PER_TOKEN:
@@ -471,13 +495,10 @@ def _decoder(base: nn.Module) -> Any:
     decoder = base
     while not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
+        inner = getattr(decoder, "model", decoder) if inner is decoder else inner
         if inner is decoder:
-            raise UnsupportedModelError(
-                f"{type(base).__name__} has no decoder with a list of layers; adsc cannot serve it"
-            )
+            raise UnsupportedModelError(f"{type(base).__name__} has no decoder with a list of layers to reduce at")
         decoder = inner
-    if decoder is base:
-        raise UnsupportedModelError(f"{type(base).__name__} is its own decoder; adsc cannot serve it")
     return decoder
 
 

@@ -218,8 +218,8 @@ def instructblip_pixels(images: list[Image], generator: torch.Generator) -> dict
 
 SIZES = (Image(4, 6), Image(3, 3), Image(5, 2))
 TINY = {
-    "blip-2": Tiny(build_blip_2, lambda image: [18], blip_2_pixels, grids=False),
-    "instructblip": Tiny(build_instructblip, lambda image: [18], instructblip_pixels, grids=False),
+    "blip-2": Tiny(build_blip_2, lambda image: [18], blip_2_pixels, grids=False, words=False),
+    "instructblip": Tiny(build_instructblip, lambda image: [18], instructblip_pixels, grids=False, words=False),
     "chameleon": Tiny(build_chameleon, lambda image: [25], pixels_10),
     "cohere_compass": Tiny(build_cohere_compass, **QWEN3),
     "deepseek_ocr2": Tiny(
