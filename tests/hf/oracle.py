@@ -29,6 +29,14 @@ def kept_positions(batch: Batch, schedule: str = SCHEDULE, pattern: str = "last"
     ]
 
 
+def decoder_of(model):
+    """The module with the layers, which some families wrap once more."""
+    if hasattr(model, "layers"):
+        return model
+    decoder = model.get_decoder()
+    return decoder_of(model.model if decoder is model else decoder)
+
+
 @contextmanager
 def attention(model, implementation: str):
     """The model with another attention implementation."""
@@ -43,7 +51,7 @@ def attention(model, implementation: str):
 @torch.no_grad()
 def masked_dense(model, inputs: dict, kept: Kept, axes: int | None = None) -> torch.Tensor:
     """Logits of the masked dense forward. With ``axes`` the survivors' positions are renumbered (that many axes)."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
 
     def hook(layer):
         def swap(module, args, kwargs):

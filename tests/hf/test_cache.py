@@ -25,10 +25,10 @@ GREEDY = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False, 
 def grown(made: Batch, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     """The inputs with tokens fed back, ``(batch, n)``."""
     inputs, n = dict(made.inputs), tokens.shape[1]
-    inputs["input_ids"] = torch.cat((inputs["input_ids"], tokens), 1)
-    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
-        if name in inputs:
-            inputs[name] = torch.nn.functional.pad(inputs[name], (0, n), value=value)
+    for name, value in made.inputs.items():
+        if value.shape == made.inputs["input_ids"].shape:  # masks and types too
+            inputs[name] = torch.nn.functional.pad(value, (0, n), value=int(name == "attention_mask"))
+    inputs["input_ids"] = torch.cat((made.inputs["input_ids"], tokens), 1)
     return inputs
 
 
@@ -291,9 +291,8 @@ def test_a_cache_is_copied_and_cropped():
         copied.crop(-3)  # as assisted decoding does with rejected candidates
         assert torch.equal(network(input_ids=token, past_key_values=copied).logits, logits)
         cropped = copy.deepcopy(cache)
-        cropped.crop(-20)
         with pytest.raises(adsc.InputError, match="cropped"):
-            network(input_ids=token, past_key_values=cropped)
+            cropped.crop(-20)
         with pytest.raises(adsc.InputError, match="1 rows"):
             network(input_ids=token.expand(2, 1), past_key_values=cache)
 
@@ -336,9 +335,8 @@ def test_rows_of_different_length_are_not_cropped():
     network, made = model("llava"), case("llava", "right_padding")
     with torch.no_grad(), adsc.compress(network, SCHEDULE):
         cache = network(**made.inputs).past_key_values
-        cache.crop(-2)  # text in one row, padding in the others
         with pytest.raises(adsc.InputError, match="cropped"):
-            network(input_ids=torch.full((3, 1), 5), past_key_values=cache)
+            cache.crop(-2)  # text in one row, padding in the others
 
 
 def prompt_with_an_echo(network) -> dict:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
@@ -41,23 +43,29 @@ def test_greedy_decoding_on_the_cache(family, name):
     network, made = model(family), case(family, name)
     expected, logits = recomputed(network, made)
     assert len(expected[0].unique()) >= 8
-    with adsc.compress(network, SCHEDULE):
+    with adsc.compress(network, SCHEDULE) as handle, ExitStack() as ahead:
+        if not TINY[family].words:  # these embed images in generate, and run their language model with that
+            ahead.enter_context(handle.planned(made.inputs))
         out = network.generate(**made.inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
     length = made.inputs["input_ids"].shape[1]
-    assert torch.equal(out.sequences[:, length:], expected)
+    assert torch.equal(out.sequences[:, -STEPS:], expected)
     assert max((a - b).abs().max() for a, b in zip(out.logits, logits, strict=True)) <= 1e-5
     counts = longest(kept_positions(made))
-    assert storage_tokens(out.past_key_values) == [length + STEPS - 1, *(n + STEPS - 1 for n in counts[1:])]
+    layers = out.past_key_values.layers
+    windows = [getattr(layer, "sliding_window", 10**6) for layer in layers]  # with the view of one that just left it
+    given = [length + STEPS - 1, *(n + STEPS - 1 for n in counts[1:])]
+    assert storage_tokens(out.past_key_values) == list(map(min, given, windows))
 
 
 @pytest.mark.parametrize("family", TINY)
 def test_off_is_dense(family):
     network, made = model(family), case(family, "left_padding")
-    text = batch(family, [[9], [4]])
+    text = batch(family, [[9], [4]] if TINY[family].words else [[9, TINY[family].images[0]]])
     with torch.no_grad():
         dense, words = network(**made.inputs).logits, network(**text.inputs).logits
         with adsc.compress(network, SCHEDULE) as handle:
-            assert torch.equal(network(**text.inputs).logits, words)
+            if TINY[family].words:
+                assert torch.equal(network(**text.inputs).logits, words)
             with handle.budget(1):
                 assert torch.equal(network(**made.inputs).logits, dense)
         assert torch.equal(network(**made.inputs).logits, dense)

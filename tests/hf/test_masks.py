@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from adsc.hf.masks import inverse, put_back, stage_mask, take
+from adsc.hf import masks
+from adsc.hf.masks import inverse, put_back, take
 
 # Two rows of 6 tokens, of which the first is padded on the left by 2; the stage keeps 3 of it and 4 of the other.
 ROWS = torch.tensor([[-1, 2, 4, 5], [0, 1, 3, 5]])
@@ -18,6 +19,11 @@ VISIBLE = torch.tensor(
     ],
     dtype=torch.bool,
 ).unsqueeze(1)
+
+
+def stage_mask(mask, rows, keys, width, flash):
+    """With keys that begin at position 0 and end with the call's own."""
+    return masks.stage_mask(mask, rows, keys[:, -width:], keys, 0, keys.shape[1] - width, flash)
 
 
 def test_a_boolean_mask_is_gathered_and_padding_sees_itself_alone():

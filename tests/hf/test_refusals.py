@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers import DynamicCache, LlamaConfig
 
 import adsc
 
@@ -39,25 +39,11 @@ def test_encoder_decoder_models():
     refuse(transformers.T5ForConditionalGeneration(config), "encoder-decoder")
 
 
-def test_model_types_that_are_not_known():
-    config = transformers.PaliGemmaConfig(
-        vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
-        text_config={"model_type": "gemma", **TEXT, "pad_token_id": 0},
-    )
-    with torch.device("meta"):
-        refuse(transformers.PaliGemmaForConditionalGeneration(config), "paligemma is not supported; supported are")
-
-
 def llava_with(text) -> torch.nn.Module:
     config = transformers.LlavaConfig(
         vision_config=clip(10, 2), text_config=text, image_token_id=IMAGE, tie_word_embeddings=False
     )
     return transformers.LlavaForConditionalGeneration(config)
-
-
-def test_sliding_windows_inside_a_known_family():
-    refuse(llava_with(transformers.MistralConfig(**TEXT, sliding_window=8)), "DynamicSlidingWindowLayer")
-    adsc.attach(llava_with(transformers.MistralConfig(**TEXT, sliding_window=None)), SCHEDULE).remove()
 
 
 def test_linear_attention_inside_a_known_family():
@@ -66,10 +52,11 @@ def test_linear_attention_inside_a_known_family():
         refuse(llava_with(text), "LinearAttentionLayer")
 
 
-def test_decoders_without_a_shared_rotary_embedding():
+def test_compact_positions_without_rotary_embeddings():
     text = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 6, "ffn_dim": 16, "num_attention_heads": 2}
-    text = transformers.OPTConfig(**text, tie_word_embeddings=False)
-    refuse(llava_with(text), "no decoder with a list of layers|no shared rotary embedding")
+    network = llava_with(transformers.OPTConfig(**text, tie_word_embeddings=False))
+    with pytest.raises(adsc.UnsupportedModelError, match="need one rotary embedding"):
+        adsc.attach(network, adsc.ADSCConfig(adsc.Schedule.parse(SCHEDULE), positions="compact"))
 
 
 def test_compact_positions_with_frequencies_that_depend_on_the_length():
@@ -113,28 +100,23 @@ def test_budgets_out_of_reach():
         assert str(handle.method.schedule) == SCHEDULE
 
 
-def test_caches_other_than_the_dynamic_one():
+def test_caches_of_unknown_kind():
+    class Other(DynamicCache):
+        pass
+
     network, made = model("llava"), case("llava", "single")
-    text = network.config.get_text_config()
-    static = StaticCache(config=text, max_cache_len=128)
-    mixed = DynamicCache(config=transformers.MistralConfig(**TEXT, sliding_window=8))
+    indexed = DynamicCache()
+    indexed.layers.append(transformers.cache_utils.DynamicIndexedLayer())
     with adsc.compress(network, SCHEDULE):
-        for cache in (static, mixed):
-            with pytest.raises(adsc.InputError, match="cannot be reduced"):
+        for cache, name in ((Other(), "a Other cannot be reduced"), (indexed, "DynamicIndexedLayer")):
+            with pytest.raises(adsc.UnsupportedModelError, match=name):
                 network(**made.inputs, past_key_values=cache)
-        with pytest.raises(adsc.InputError, match="StaticCache"):
-            network.generate(**made.inputs, max_new_tokens=2, cache_implementation="static")
 
 
-def test_attention_without_a_known_mask():
-    network, made = model("llava"), case("llava", "single")
-    before = network.config._attn_implementation
-    network.set_attn_implementation("flex_attention")
-    try:
-        with adsc.compress(network, SCHEDULE), pytest.raises(adsc.UnsupportedModelError, match="flex_attention"):
-            network(**made.inputs)
-    finally:
-        network.set_attn_implementation(before)
+def test_compact_positions_with_a_static_cache():
+    config = adsc.ADSCConfig(adsc.Schedule.parse(SCHEDULE), positions="compact")
+    with adsc.compress(model("llava"), config), pytest.raises(adsc.InputError, match="static cache"):
+        model("llava").generate(**case("llava", "single").inputs, max_new_tokens=2, cache_implementation="static")
 
 
 def test_embeddings_without_ids():

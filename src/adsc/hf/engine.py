@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,24 +18,39 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
 from ..config import ADSCConfig
 from ..errors import InputError, UnsupportedModelError
+from ..layout import Layout
 from ..methods import Method, as_method
 from ..planning import Plan
 from ..schedule import Ratio, Schedule
-from .families import check_text, family_of, has_vision, layouts, real_positions
-from .views import Call, Extent, Ints, Memory, continue_call, plan_call
+from . import caches
+from .families import check_text, family_of, has_vision, layouts, real_positions, whole_until, windows
+from .views import Call, Extent, Ints, continue_call, plan_call, remember
 
 KEYWORD = "adsc"  # under which a call travels from the decoder to its layers
-MEMORY = "_adsc_memory"  # attribute of a cache
-FLASH = ("flash_attention_2", "flash_attention_3")
-ATTENTION = ("eager", "sdpa", *FLASH)
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+ATTENTION = ("eager", "sdpa", "flex_attention", *FLASH)
+PER_TOKEN = ("per_layer_input", "moe_mm_token_type_ids")  # inputs of layers, besides those below, that tokens have each
+SWAPPED = ("hidden_states", "attention_mask", "position_ids", "position_embeddings")
 IGNORED = -100  # label that losses ignore
 
 Hooked = tuple[tuple[Any, ...], dict[str, Any]] | None
+
+
+class _Planned:
+    """What is known of a call before its decoder runs: where the tokens of each row are, and which of them stay."""
+
+    def __init__(self, real: list[Ints], rows: list[Layout], plans: list[Plan]) -> None:
+        self.real, self.rows, self.plans = real, rows, plans
+
+    def repeated(self, times: int) -> _Planned:
+        """Every row so many times in a row, as beams and samples need it."""
+        if times == 1:
+            return self
+        return _Planned(*([item for item in items for _ in range(times)] for items in vars(self).values()))
 
 
 class _Thread(threading.local):
@@ -44,10 +59,25 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.methods: list[Method] = []
         self.plans: list[Plan] = []
-        self.planned: tuple[list[Plan], list[Ints]] | None = None
+        self.inside = False  # whether the base model is running
+        self.planned: _Planned | None = None  # from the base model to its decoder
+        self.ahead: tuple[int, int, _Planned] | None = None  # by the user: batch, tokens and what was planned
 
     def __reduce__(self) -> tuple[type[_Thread], tuple[()]]:
         return type(self), ()
+
+
+class _Forward:
+    """The outermost model's ``forward``: where labels are seen, those that no token can predict any more are masked.
+
+    No hook, since wrappers (PEFT, for one) call ``forward`` and pass hooks by.
+    """
+
+    def __init__(self, handle: Handle, forward: Any) -> None:
+        self.handle, self.__wrapped__ = handle, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__wrapped__(**self.handle._without_labels(_named(self.__wrapped__, args, kwargs)))
 
 
 class Handle:
@@ -67,6 +97,10 @@ class Handle:
         self._family = family_of(model.config)
         self._decoder = _decoder(self._base)
         self.num_layers = len(self._decoder.layers)
+        self._whole_until = whole_until(model.config)
+        self._windows = windows(self._decoder.config)
+        self._parameters = list(inspect.signature(type(self._decoder.layers[0]).forward).parameters)[1:]
+        self._others = [name for name in self._parameters if name not in SWAPPED]
         self._check(method)
         self._method = method
         self._thread = _Thread()
@@ -77,10 +111,12 @@ class Handle:
             self._decoder.register_forward_hook(self._leave_decoder, with_kwargs=True),
         ]
         for index, layer in enumerate(self._decoder.layers):
-            hook = partial(self._enter_layer, index)
-            self._hooks.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        if self._base is not model:
-            self._hooks.append(model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
+            enter, leave = partial(self._enter_layer, index), partial(self._leave_layer, index)
+            self._hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
+            if index < self._whole_until:
+                self._hooks.append(layer.register_forward_hook(leave, with_kwargs=True, prepend=True))
+        if "labels" in inspect.signature(model.forward).parameters:
+            model.forward = _Forward(self, model.forward)
         setattr(model, KEYWORD, self)
 
     @property
@@ -110,6 +146,42 @@ class Handle:
         finally:
             self._thread.methods.pop()
 
+    @contextmanager
+    def planned(
+        self, inputs: Mapping[str, Any], spans: Sequence[Iterable[Any]] | Tensor | None = None
+    ) -> Iterator[Handle]:
+        """Plan before the model is called, for the prompts of this block, in this thread only.
+
+        A compiled forward pass needs it, because planning reads numbers that its graph cannot know; and so does a
+        prompt of ``inputs_embeds`` alone, where nothing tells which embeddings are vision tokens.
+
+        Parameters
+        ----------
+        inputs
+            What the model will be called with.
+        spans
+            Where they are, when ``inputs`` do not tell: of each row its spans, padding counted in positions, as
+            :func:`adsc.plan` takes them; or a mask ``(batch, tokens)``, where 0 is text and every other number a
+            span (of a boolean mask: every run).
+
+        Raises
+        ------
+        InputError
+            When spans are not inside the rows.
+        """
+        batch, tokens = _shape(inputs)
+        real = real_positions(inputs.get("attention_mask"), batch, tokens)
+        if spans is None:
+            rows = layouts(self._family, self.model.config, inputs, real)
+        else:
+            rows = [_row(places, found) for places, found in zip(real, _spans(spans, batch), strict=True)]
+        before = self._thread.ahead
+        self._thread.ahead = batch, tokens, self._plan(real, rows)
+        try:
+            yield self
+        finally:
+            self._thread.ahead = before
+
     def remove(self) -> None:
         """Take the method off the model. Nothing of it stays; doing it twice does no harm."""
         for hook in self._hooks:
@@ -117,132 +189,236 @@ class Handle:
         self._hooks.clear()
         if self.model.__dict__.get(KEYWORD) is self:  # another one may have been attached since
             delattr(self.model, KEYWORD)
+        forward = self.model.__dict__.get("forward")
+        if isinstance(forward, _Forward) and forward.handle is self:  # if not, somebody wrapped it: it passes on
+            if forward.__wrapped__ == type(self.model).forward.__get__(self.model):
+                del self.model.forward
+            else:
+                self.model.forward = forward.__wrapped__
 
     def _check(self, method: Method) -> None:
         method.validate(self.num_layers)
         rope = getattr(self._decoder.config, "rope_parameters", None) or {}
-        if method.positions == "compact" and rope.get("rope_type") in ("dynamic", "longrope"):
-            raise UnsupportedModelError(
-                f"positions 'compact' with rope type {rope['rope_type']}, which depends on the length; use 'original'"
-            )
+        if method.positions == "compact":
+            rotary = [name for name, _ in self._decoder.named_children() if name.startswith("rotary")]
+            if rotary != ["rotary_emb"]:
+                raise UnsupportedModelError(
+                    f"positions 'compact' need one rotary embedding, but {type(self._decoder).__name__} has "
+                    f"{len(rotary)}; use 'original'"
+                )
+            if rope.get("rope_type") in ("dynamic", "longrope"):
+                raise UnsupportedModelError(
+                    f"positions 'compact' with rope type {rope['rope_type']}, which depends on the length; "
+                    "use 'original'"
+                )
 
-    def _enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
-        """Outermost model: where labels are seen, those that no token can predict any more are masked."""
-        inputs = _named(module, args, kwargs)
-        targets = [name for name in ("labels", "shift_labels") if inputs.get(name) is not None]
-        if not (targets and self.method.reduces and has_vision(self._family, inputs)):
+    def _plan(self, real: list[Ints], rows: list[Layout]) -> _Planned:
+        return _Planned(real, rows, [self.method.plan(layout, self.num_layers) for layout in rows])
+
+    def _ahead(self, inputs: Mapping[str, Any]) -> _Planned | None:
+        """What the user had planned, if it is for this call."""
+        if self._thread.ahead is None:
             return None
+        batch, tokens, planned = self._thread.ahead
+        rows, length = _shape(inputs)
+        cache = inputs.get("past_key_values")
+        if length != tokens or rows % batch or (cache is not None and cache.get_seq_length()):
+            return None
+        return planned.repeated(rows // batch)
+
+    def _without_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs of the outermost model with those labels ignored that no token can predict any more."""
+        targets = [name for name in ("labels", "shift_labels") if inputs.get(name) is not None]
+        if not (targets and self._hooks and self.method.reduces):
+            return inputs
+        if self._ahead(inputs) is None and not has_vision(self._family, inputs):
+            return inputs
         ignored = self._unpredicted(inputs)
         for name in targets:  # shifted labels stand one position to the left
             mask = ignored if name == "labels" else nn.functional.pad(ignored, (0, 1))[:, 1:]
             inputs[name] = inputs[name].masked_fill(mask.to(inputs[name].device), IGNORED)
-        return (), inputs
+        return inputs
 
     def _unpredicted(self, inputs: dict[str, Any]) -> Tensor:
         """``(batch, tokens)``: labels of vision tokens and padding, and labels after a token that may be dropped."""
         batch, tokens = _shape(inputs)
-        real = real_positions(inputs.get("attention_mask"), batch, tokens)
+        planned = self._ahead(inputs) or self._plan_call(inputs)
         ignored = np.ones((batch, tokens), dtype=bool)
         silent = np.ones((batch, tokens), dtype=bool)
-        for row, layout in enumerate(layouts(self._family, self.model.config, inputs, real)):
-            ignored[row, real[row][layout.text]] = silent[row, real[row]] = False
+        for row, (places, layout) in enumerate(zip(planned.real, planned.rows, strict=True)):
+            ignored[row, places[layout.text]] = silent[row, places] = False
             for span in layout.spans:
-                silent[row, real[row][span[:-1] if self.method.keeps_last_token else span]] = True
+                silent[row, places[span[:-1] if self.method.keeps_last_token else span]] = True
         ignored[:, 1:] |= silent[:, :-1]
         return torch.from_numpy(ignored)
 
     def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Base model: ids and images are seen here, so this is where calls are planned."""
-        inputs, method = _named(module, args, kwargs), self.method
+        self._thread.inside = True
+        inputs, method = _named(module.forward, args, kwargs), self.method
         cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
         if not method.reduces:
             self._thread.plans = []
+        elif (ahead := self._ahead(inputs)) is not None:
+            self._check_call(cache)
+            self._thread.plans, self._thread.planned = ahead.plans, ahead
         elif has_vision(self._family, inputs):
             self._check_call(cache)
-            real = real_positions(inputs.get("attention_mask"), *_shape(inputs))
-            rows = layouts(self._family, self.model.config, inputs, real)
-            plans = [method.plan(layout, self.num_layers) for layout in rows]
-            self._thread.plans, self._thread.planned = plans, (plans, real)
+            planned = self._plan_call(inputs)
+            self._thread.plans, self._thread.planned = planned.plans, planned
         elif ids is None:
-            if inputs.get("inputs_embeds") is not None and (cache is None or cache.get_seq_length() == 0):
-                raise InputError("inputs_embeds may hide vision tokens; pass input_ids and pixel_values instead")
-        elif ids.shape[1] > 1 and not (cache is not None and hasattr(cache, MEMORY) and cache.get_seq_length()):
+            self._check_embeds(inputs)
+        elif ids.shape[1] > 1 and not (_is_reduced(cache) and cache.get_seq_length()):
             # A prompt, not candidates of assisted decoding: those found by prompt look-up may be placeholders.
-            check_text(self._family, self.model.config, ids)
+            if not torch.compiler.is_compiling():
+                check_text(self._family, self.model.config, ids)
             self._thread.plans = []
 
+    def _check_embeds(self, inputs: dict[str, Any]) -> None:
+        cache = inputs.get("past_key_values")
+        if inputs.get("inputs_embeds") is not None and (cache is None or cache.get_seq_length() == 0):
+            raise InputError(
+                "inputs_embeds may hide vision tokens; pass input_ids and pixel_values, or say where the vision tokens "
+                "are: with handle.planned(inputs, spans)"
+            )
+
+    @torch.compiler.disable
+    def _plan_call(self, inputs: dict[str, Any]) -> _Planned:
+        cache = inputs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        real = real_positions(inputs.get("attention_mask"), *_shape(inputs), past)
+        return self._plan(real, layouts(self._family, self.model.config, inputs, real))
+
     def _leave_base(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        self._thread.planned = None  # also after an error before the decoder
+        self._thread.inside, self._thread.planned = False, None  # also after an error before the decoder
 
     def _check_call(self, cache: object) -> None:
         attention = self._decoder.config._attn_implementation
         if attention not in ATTENTION:
             raise UnsupportedModelError(f"attention {attention!r} is not supported; use one of {', '.join(ATTENTION)}")
-        if cache is not None and not (type(cache) is DynamicCache and _is_plain(cache)):
-            raise InputError(f"this {type(cache).__name__} cannot be reduced; use a plain DynamicCache, the default")
+        if cache is not None:
+            caches.check(cache)
 
-    def _check_packing(self, inputs: dict[str, Any], real: list[Ints], extent: Extent) -> None:
-        """FlashAttention reads packed sequences off lengths or gaps in position ids, which reduced layers lack."""
+    def _check_length(self, extent: Extent) -> None:
+        """Llama 4 scales the queries of layers without rotary embeddings by their place among the keys they have."""
+        config, length = self._decoder.config, extent.past + extent.tokens
+        if getattr(config, "attn_temperature_tuning", False) and length >= config.floor_scale:
+            raise UnsupportedModelError(
+                f"{config.model_type} scales attention by position from {config.floor_scale} tokens on, so a sequence "
+                f"of {length} cannot be reduced exactly"
+            )
+
+    def _check_flash(self, inputs: dict[str, Any], planned: _Planned | None, extent: Extent) -> None:
+        """FlashAttention has no mask: it counts keys where windows mean positions, and reads packed sequences off
+        lengths or gaps in position ids, which reduced layers lack."""
         if self._decoder.config._attn_implementation not in FLASH:
             return  # the others have a mask, which is gathered
+        window = min(filter(None, self._windows), default=None)
+        if window is not None and extent.past + extent.tokens > window:
+            raise UnsupportedModelError(
+                f"FlashAttention counts the kept tokens of a sliding window ({window}), not their positions, so a "
+                f"sequence of {extent.past + extent.tokens} cannot be reduced exactly; use sdpa"
+            )
+        if planned is None:
+            return
         positions = inputs.get("position_ids")
         if positions is not None and positions.ndim == 3:  # M-RoPE has a fourth axis in front for this purpose
             positions = positions[0] if len(positions) == 4 else None
         gaps = positions is not None and bool((positions.diff() != 1).any())
-        if inputs.get("cu_seq_lens_q") is not None or (gaps and extent.batch == 1 and len(real[0]) == extent.tokens):
+        whole = extent.batch == 1 and len(planned.real[0]) == extent.tokens
+        if inputs.get("cu_seq_lens_q") is not None or (gaps and whole):
             raise InputError("packed sequences cannot be reduced with FlashAttention; pad them, or use eager or sdpa")
 
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
         """Decoder: lay the call out, when it is planned or continues from a reduced cache."""
         planned, self._thread.planned = self._thread.planned, None
-        inputs = _named(module, args, kwargs)
+        inputs = _named(module.forward, args, kwargs)
         cache = inputs.get("past_key_values")
-        memory: Memory | None = getattr(cache, MEMORY, None)
-        if planned is None and memory is None:
+        if not self._thread.inside and self.method.reduces:  # generate of BLIP-2, for one, runs its language model
+            planned = self._ahead(inputs)
+            self._thread.plans = planned.plans if planned else []
+            if planned is None and inputs.get("input_ids") is None and not _is_reduced(cache):
+                self._check_embeds(inputs)
+        if planned is None and not _is_reduced(cache):
             return None
         tokens = _tokens(inputs)
-        past = 0 if cache is None else cache.get_seq_length()
-        if memory is not None and past == 0:  # the cache was reset
-            delattr(cache, MEMORY)
-            memory = None
-        if cache is not None and memory is not None:
-            self._check_call(cache)
-            memory = _checked(memory, cache, past, len(tokens))
         batch, width = tokens.shape[:2]
-        extent = Extent(batch, width, past, memory.length if memory else past, tokens.device)
-        numbered = _not_padding(inputs.get("attention_mask"), extent) if self.method.positions == "compact" else None
+        past = 0 if cache is None else cache.get_seq_length()
         if planned is not None:
-            self._check_packing(inputs, planned[1], extent)
-            inputs[KEYWORD] = plan_call(extent, memory, *planned, self.num_layers, numbered)
-        elif memory is not None:
-            inputs[KEYWORD] = continue_call(extent, memory, numbered)
+            extent = Extent(batch, width, int(past), tokens.device)
+            self._check_held(cache, batch)
+            self._check_length(extent)
+            self._check_flash(inputs, planned, extent)
+            numbered = _not_padding(inputs.get("attention_mask"), extent) if self._renumbers(cache) else None
+            inputs[KEYWORD] = plan_call(extent, cache, planned.plans, planned.real, self.num_layers, numbered)
+        else:
+            extent = Extent(batch, width, past, tokens.device)
+            self._check_call(cache)
+            self._check_held(cache, batch)
+            self._check_length(extent)
+            self._check_flash(inputs, None, extent)
+            numbered = partial(_not_padding, inputs.get("attention_mask"), extent)
+            inputs[KEYWORD] = continue_call(extent, cache, self.num_layers, numbered)
         return (), inputs
+
+    def _renumbers(self, cache: Any) -> bool:
+        compact = self.method.positions == "compact"
+        if compact and getattr(cache, "is_compileable", False):
+            raise InputError("positions 'compact' cannot be had with a static cache; use a dynamic one, or 'original'")
+        return compact
+
+    def _check_held(self, cache: Any, batch: int) -> None:
+        for layer in range(self.num_layers):
+            held = caches.held(cache, layer)
+            if held is not None and len(held.columns) != batch:
+                raise InputError(f"the cache was reduced for {len(held.columns)} rows, but this call has {batch}")
 
     def _enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
         """Decoder layer: swap in what its stage sees. Runs again under checkpointing, so only the call counts."""
-        call: Call | None = kwargs.pop(KEYWORD, None)
+        call: Call | None = kwargs.get(KEYWORD)
         if call is None:
             return None
+        kwargs = {**kwargs, **dict(zip(self._parameters[1:], args[1:], strict=False))}
+        if index >= self._whole_until:  # it is needed once more when the layer is left
+            del kwargs[KEYWORD]
         call.reached = call.reached or index == self.num_layers - 1
         view = call.views[index]
         if view is None:
-            return args, kwargs
-        hidden = view.advance(args[0]) if view.first == index else args[0]
+            return args[:1], kwargs
+        part = view.part
+        hidden = part.enter(args[0], index, whole=index <= self._whole_until)
         flash = self._decoder.config._attn_implementation in FLASH
         kwargs["attention_mask"] = view.mask(kwargs.get("attention_mask"), flash)
         # Rotary embeddings carry the positions. Ids with gaps would look like packed sequences to FlashAttention.
         kwargs["position_ids"] = None
-        rotary = kwargs["position_embeddings"]
-        if (ranks := view.ranks) is not None:
-            kwargs["position_embeddings"] = view.once(rotary, lambda: self._compact_rotary(hidden, ranks))
-        elif view.rows is not None:
-            kwargs["position_embeddings"] = view.once(rotary, lambda: tuple(view.gather(part) for part in rotary))
-        return (hidden, *args[1:]), kwargs
+        rotary = kwargs.get("position_embeddings")  # absent where positions are added to the embeddings
+        if (ranks := part.ranks) is not None and rotary is not None:
+            kwargs["position_embeddings"] = view.once(rotary, lambda: self._compact_rotary(index, hidden, ranks))
+        elif part.rows is not None and rotary is not None:
+            kwargs["position_embeddings"] = view.once(rotary, lambda: _each(part.gather, rotary))
+        if part.rows is not None:
+            for name in self._others:
+                if isinstance(value := kwargs.get(name), Tensor):
+                    if name not in PER_TOKEN:
+                        raise UnsupportedModelError(f"{type(layer).__name__} takes {name}, which adsc does not know")
+                    kwargs[name] = part.gather(value) if value.ndim > 2 else part.gather(value[..., None])[..., 0]
+        return (hidden,), kwargs
 
-    def _compact_rotary(self, hidden: Tensor, ranks: Tensor) -> Any:
+    def _leave_layer(
+        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> Any:
+        """A layer behind which the decoder touches hidden states itself: it expects all of them."""
+        call: Call | None = kwargs.get(KEYWORD)
+        view = None if call is None else call.views[index]
+        return None if view is None or view.part.rows is None else view.part.restore(out)
+
+    def _compact_rotary(self, index: int, hidden: Tensor, ranks: Tensor) -> Any:
+        rotary, config = self._decoder.rotary_emb, self._decoder.config
         if self._family.axes > 1:
             ranks = ranks.expand(self._family.axes, -1, -1)
-        return self._decoder.rotary_emb(hidden, position_ids=ranks)
+        if "layer_type" in inspect.signature(rotary.forward).parameters:
+            return rotary(hidden, ranks, config.layer_types[index])
+        return rotary(hidden, position_ids=ranks)
 
     def _leave_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Behind the final norm: full length again, and the cache learns what it holds."""
@@ -251,16 +427,17 @@ class Handle:
             return None
         if not call.reached:
             raise UnsupportedModelError(f"{type(module).__name__} does not hand keywords on to its layers")
-        if output.past_key_values is not None:
-            setattr(output.past_key_values, MEMORY, call.memory())
+        if call.planned and output.past_key_values is not None:
+            remember(call, output.past_key_values)
         last = call.views[-1]
         if last is None:
             return output
-        output.last_hidden_state = last.restore(output.last_hidden_state)
+        output.last_hidden_state = last.part.restore(output.last_hidden_state)
         if output.hidden_states is not None:  # entry i is the output of layer i − 1, the last one that of the norm
             first, *inner, normed = output.hidden_states  # None where only some were asked for
             inner = [
-                x if x is None or view is None else view.restore(x) for x, view in zip(inner, call.views, strict=False)
+                x if x is None or view is None or index < self._whole_until else view.part.restore(x)
+                for index, (x, view) in enumerate(zip(inner, call.views, strict=False))
             ]
             output.hidden_states = (first, *inner, normed if normed is None else output.last_hidden_state)
         if output.attentions is not None:
@@ -269,13 +446,14 @@ class Handle:
         return output
 
 
-def attach(model: PreTrainedModel, method: Schedule | ADSCConfig | Method | str) -> Handle:
+def attach(model: Any, method: Schedule | ADSCConfig | Method | str) -> Handle:
     """Reduce the vision tokens of a model from now on, in every way it is called.
 
     Parameters
     ----------
     model
         A transformers image-text-to-text model, or its base model; there no labels are seen, and so none are masked.
+        One that is wrapped by PEFT or ``torch.compile`` is found inside; a compiled one then plans outside its graph.
     method
         A schedule (or its text), an :class:`adsc.ADSCConfig`, or a method of :mod:`adsc.methods`.
 
@@ -290,16 +468,21 @@ def attach(model: PreTrainedModel, method: Schedule | ADSCConfig | Method | str)
     UnsupportedModelError
         When the model cannot be served exactly.
     """
-    if not isinstance(model, PreTrainedModel):
+    inner = model
+    if isinstance(inner, torch._dynamo.OptimizedModule):
+        inner = inner._orig_mod
+    if hasattr(inner, "get_base_model"):  # PEFT
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
         raise InputError(f"a {type(model).__name__} is not a transformers model; give what from_pretrained returns")
-    for module in model.modules():
+    for module in inner.modules():
         if any(isinstance(getattr(hook, "__self__", None), Handle) for hook in module._forward_pre_hooks.values()):
             raise InputError("the model has a method attached already; call remove() on its handle (model.adsc) first")
-    return Handle(model, as_method(method))
+    return Handle(inner, as_method(method))
 
 
 @contextmanager
-def compress(model: PreTrainedModel, method: Schedule | ADSCConfig | Method | str) -> Iterator[Handle]:
+def compress(model: Any, method: Schedule | ADSCConfig | Method | str) -> Iterator[Handle]:
     """:func:`attach` for the length of a ``with`` block."""
     handle = attach(model, method)
     try:
@@ -309,51 +492,66 @@ def compress(model: PreTrainedModel, method: Schedule | ADSCConfig | Method | st
 
 
 def _decoder(base: nn.Module) -> Any:
-    decoder = base.get_decoder()  # type: ignore[operator]
-    if decoder is base or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise UnsupportedModelError(f"{type(base).__name__} has no decoder with a list of layers; adsc cannot serve it")
-    if not isinstance(getattr(decoder, "rotary_emb", None), nn.Module):
-        raise UnsupportedModelError(f"{type(decoder).__name__} has no shared rotary embedding; adsc cannot serve it")
+    decoder = base
+    while not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
+        inner = getattr(decoder, "model", decoder) if inner is decoder else inner
+        if inner is decoder:
+            raise UnsupportedModelError(f"{type(base).__name__} has no decoder with a list of layers to reduce at")
+        decoder = inner
     return decoder
 
 
-def _named(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _named(forward: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a forward pass by name."""
     if not args:
         return kwargs
-    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+    return {**dict(zip(inspect.signature(forward).parameters, args, strict=False)), **kwargs}
 
 
-def _tokens(inputs: dict[str, Any]) -> Tensor:
+def _tokens(inputs: Mapping[str, Any]) -> Tensor:
     tokens: Tensor = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
     return tokens
 
 
-def _shape(inputs: dict[str, Any]) -> tuple[int, int]:
+def _shape(inputs: Mapping[str, Any]) -> tuple[int, int]:
     batch, tokens = _tokens(inputs).shape[:2]
     return batch, tokens
 
 
-def _is_plain(cache: DynamicCache) -> bool:
-    return not cache.offloading and all(type(layer) is DynamicLayer for layer in cache.layers)
+def _each(gather: Any, rotary: Any) -> Any:
+    return tuple(map(gather, rotary)) if isinstance(rotary, tuple) else gather(rotary)
 
 
-def _not_padding(mask: Tensor | None, extent: Extent) -> Tensor:
+def _is_reduced(cache: Any) -> bool:
+    return cache is not None and any(getattr(layer, "held", None) is not None for layer in cache.layers)
+
+
+def _not_padding(mask: Any, extent: Extent) -> Tensor:
     """Which positions of layer 0, ``(batch, past + tokens)``, hold tokens."""
     shape = extent.batch, extent.past + extent.tokens
-    if mask is None or mask.shape != shape:
+    if not isinstance(mask, Tensor) or mask.shape != shape:
         return torch.ones(shape, dtype=torch.bool, device=extent.device)
     return mask.to(extent.device).bool()
 
 
-def _checked(memory: Memory, cache: DynamicCache, past: int, batch: int) -> Memory:
-    """The memory of a cache whose end may have been cropped; refused when it is unknown what its layers hold."""
-    if (excess := memory.length - past) > 0:  # as assisted decoding does with candidates that came with the prompt
-        memory = memory.cropped(excess)
-    for layer, slots in enumerate(memory.slots):
-        held = past if slots is None else slots.columns.shape[1] + past - memory.length
-        if past < memory.length or cache.get_seq_length(layer) != held:
-            raise InputError("the cache was cropped into its images or filled elsewhere; start with a new cache")
-        if slots is not None and len(slots.columns) != batch:
-            raise InputError(f"the cache was reduced for {len(slots.columns)} rows, but this call has {batch}")
-    return memory
+def _spans(spans: Sequence[Iterable[Any]] | Tensor, batch: int) -> list[list[Ints]]:
+    """The positions of every span of every row, padding counted."""
+    if len(spans) != batch:
+        raise InputError(f"spans of {len(spans)} rows, but the inputs have {batch}")
+    if not isinstance(spans, Tensor):
+        return [list(Layout(np.iinfo(np.int32).max, row).spans) for row in spans]
+    found = []
+    for row in spans.cpu().numpy():
+        if row.dtype == bool:
+            row = np.where(row, 1 + np.cumsum(np.diff(row.astype(int), prepend=0) == 1), 0)
+        found.append([np.flatnonzero(row == number) for number in np.unique(row[row != 0])])
+    return found
+
+
+def _row(real: Ints, spans: list[Ints]) -> Layout:
+    places = [np.searchsorted(real, span) for span in spans]
+    for span, inside in zip(spans, places, strict=True):
+        if inside[-1] >= len(real) or (real[inside] != span).any():
+            raise InputError("a span lies outside its row or in its padding; give positions of the inputs")
+    return Layout(len(real), sorted(places, key=lambda span: int(span[0])))

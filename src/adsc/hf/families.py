@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from ..errors import InputError, UnsupportedModelError
 from ..layout import Layout
+from .caches import LAYERS
 from .views import Ints
 
 Inputs = Mapping[str, Any]
@@ -490,15 +490,64 @@ def family_of(config: PreTrainedConfig) -> Family:
         raise UnsupportedModelError(f"{name} reads images by cross-attention: no vision tokens are in its sequence")
     if text is config and name not in FAMILIES:
         raise UnsupportedModelError(f"{name} is text-only, or has no language model: it has no vision tokens to reduce")
-    if name not in FAMILIES:
-        raise UnsupportedModelError(f"model type {name} is not supported; supported are {', '.join(FAMILIES)}")
-    kinds = sorted({type(layer).__name__ for layer in DynamicCache(config=text).layers} - {DynamicLayer.__name__})
+    if getattr(text, "num_kv_shared_layers", None):
+        raise UnsupportedModelError(f"{name} shares keys and values between layers that would hold different tokens")
+    kinds = sorted({kind.__name__ for kind in map(type, DynamicCache(config=text).layers) if kind not in LAYERS})
     if kinds:
         raise UnsupportedModelError(
             f"{name} with a {text.model_type} decoder needs {' and '.join(kinds)} caches; "
-            "adsc serves decoders whose layers all have full attention and a cache of their own"
+            "adsc serves decoders whose layers all attend to the tokens of the sequence"
         )
-    return FAMILIES[name]
+    return FAMILIES.get(name) or _general(config)
+
+
+def _general(config: PreTrainedConfig) -> Family:
+    """A family that nobody described: placeholders for images are found in the config."""
+    found = []
+    for what, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        for token in (f"{what}_token_id", f"{what}_token_index"):
+            if isinstance(getattr(config, token, None), int):
+                found.append(Modality(token, pixels, what, partial(_runs, token, pixels), _ungridded))
+                break
+    if not found:
+        raise UnsupportedModelError(
+            f"{config.model_type} names no image token in its config, so its vision tokens cannot be found"
+        )
+    return Family(tuple(found))
+
+
+def _runs(token: str, keyword: str, placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
+    # What is known of no family in particular: an image is a run of placeholders, or one of equal parts of it.
+    here = (inputs["input_ids"] == getattr(config, token)).cpu().numpy().astype(np.int8)
+    edges = np.diff(np.pad(here, ((0, 0), (1, 1)))).ravel()
+    lengths = np.flatnonzero(edges < 0) - np.flatnonzero(edges > 0)
+    pixels = inputs[keyword]
+    images = len(pixels) if pixels.ndim == 4 else len(lengths)
+    if images == len(lengths):
+        return [Frames(int(length)) for length in lengths]
+    tokens = placeholders // images
+    if images < len(lengths) or (lengths % tokens).any():
+        raise InputError(
+            f"{len(lengths)} runs of placeholders for {images} images of {config.model_type}, of which adsc knows "
+            "nothing more: put text between images, and none inside"
+        )
+    return [Frames(tokens)] * images
+
+
+def whole_until(config: PreTrainedConfig) -> int:
+    """Behind so many of the first decoder layers the decoder itself works on the hidden states of all tokens, to add
+    vision features to them (DeepStack)."""
+    indexes = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ()
+    layers = [layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()]  # Granite, in front of these
+    return max([len(indexes), *layers, *(getattr(config, "spatial_target_layers", None) or ())])
+
+
+def windows(text: PreTrainedConfig) -> list[int | None]:
+    """Of each decoder layer the sliding window (or chunk) of its attention; ``None`` for full attention."""
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention" if window else ""] * text.num_hidden_layers
+    chunk = getattr(text, "attention_chunk_size", None)
+    return [{"sliding_attention": window, "chunked_attention": chunk}.get(kind) for kind in kinds]
 
 
 def has_vision(family: Family, inputs: Inputs) -> bool:
@@ -520,12 +569,26 @@ def _features(kind: Modality, inputs: Inputs) -> Any:
     return encoded
 
 
-def real_positions(mask: object, batch: int, tokens: int) -> list[Ints]:
-    """Of each row the positions of its last ``tokens`` that a 2-D attention mask does not mark as padding."""
+def real_positions(mask: object, batch: int, tokens: int, past: int = 0) -> list[Ints]:
+    """Of each row the positions of its last ``tokens`` that an attention mask does not mark as padding.
+
+    Parameters
+    ----------
+    mask
+        ``(batch, past + tokens)``; or ``(batch, 1, tokens, keys)``, as ``generate`` makes it for static caches, where
+        padding is what no query may look at; or a mask of each kind of layer.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        rows = [np.flatnonzero(row) for row in mask[:, -tokens:].cpu().numpy()]
-        return [row if len(row) else np.arange(tokens) for row in rows]
-    return [np.arange(tokens)] * batch
+        rows = mask[:, -tokens:].bool()
+    elif isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        rows = seen.any(1).any(1)[:, past : past + tokens].expand(batch, -1)
+    else:
+        return [np.arange(tokens)] * batch
+    found = [np.flatnonzero(row) for row in rows.cpu().numpy()]
+    return [row if len(row) else np.arange(tokens) for row in found]
 
 
 def layouts(family: Family, config: PreTrainedConfig, inputs: Inputs, real: Sequence[Ints]) -> list[Layout]:

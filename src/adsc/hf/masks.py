@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -37,33 +40,41 @@ def inverse(index: Tensor, size: int) -> Tensor:
     return slots.scatter_(1, target, torch.arange(index.shape[1], device=index.device).expand_as(index))[:, :size]
 
 
-def stage_mask(mask: Tensor | None, rows: Tensor | None, keys: Tensor, width: int, flash: bool) -> Tensor | None:
+def stage_mask(
+    mask: Any, rows: Tensor | None, queries: Tensor, keys: Tensor, offset: int, first: int, flash: bool
+) -> Any:
     """The attention mask of a stage, out of the one that the decoder built for all tokens.
 
     Parameters
     ----------
     mask
-        ``(batch or 1, heads or 1, queries, keys)`` boolean or additive (eager, sdpa), ``(batch, keys)`` (flash), or
-        ``None`` where the kernel's own causal rule is enough.
+        ``(batch or 1, heads or 1, queries, keys)`` boolean or additive (eager, sdpa), ``(batch, keys)`` (flash), a
+        block mask (flex), or ``None`` where the kernel's own causal rule is enough.
     rows
-        ``(batch, width)`` queries that stay, or ``None`` for all of them.
+        ``(batch, width)`` queries that stay, counted within the call, or ``None`` for all of them.
+    queries
+        ``(batch, width)`` their original positions, −1 for padding.
     keys
-        ``(batch, m)`` original positions of the keys, the last ``width`` of them this call's.
-    width
-        Queries of the stage.
+        ``(batch, m)`` original positions of the keys, −1 for padding.
+    offset
+        Original position of the first key that ``mask`` speaks of.
+    first
+        Column of ``keys`` where this call's begin.
     flash
         Whether the kernel takes 2-D masks.
     """
+    if isinstance(mask, BlockMask):
+        return _stage_block_mask(mask, rows, queries.shape[1], keys, offset, first)
     hidden = keys < 0
     if mask is None:
         # Rows that keep different counts are padded on the left, so the stage needs a mask where the whole did not.
         if flash:
             return ~hidden
-        queries = keys[:, -width:]
         stage = (~hidden[:, None, :] & (keys[:, None, :] <= queries[:, :, None])).unsqueeze(1)
     else:
-        keys, hidden = keys.to(mask.device), hidden.to(mask.device)
-        columns = keys.clamp(min=0)
+        keys = keys.to(mask.device) - offset
+        hidden = hidden.to(mask.device) | (keys < 0) | (keys >= mask.shape[-1])
+        columns = keys.masked_fill(hidden, 0)
         if mask.ndim == 2:
             return mask.expand(keys.shape[0], -1).gather(1, columns).masked_fill(hidden, 0)
         if rows is not None:
@@ -72,6 +83,24 @@ def stage_mask(mask: Tensor | None, rows: Tensor | None, keys: Tensor, width: in
         never = False if stage.dtype == torch.bool else torch.finfo(stage.dtype).min
         stage = stage.masked_fill(hidden[:, None, None, :], never)
     # A padding query may see itself: a softmax over nothing is not finite in every kernel and precision.
-    itself = stage.diagonal(keys.shape[1] - width, -2, -1)
-    itself.masked_fill_(hidden[:, None, -width:], True if stage.dtype == torch.bool else 0)
+    itself = stage[..., first : first + queries.shape[1]].diagonal(0, -2, -1)
+    itself.masked_fill_((queries < 0).to(stage.device)[:, None], True if stage.dtype == torch.bool else 0)
     return stage
+
+
+def _stage_block_mask(
+    mask: BlockMask, rows: Tensor | None, width: int, keys: Tensor, offset: int, first: int
+) -> BlockMask:
+    """Flex attention asks by query, key and row: the answer is that of the whole mask for what stands there."""
+    whole, batch, device = mask.mask_mod, keys.shape[0], keys.device
+    if rows is None:
+        rows = torch.arange(width, device=device).expand(batch, -1)
+    columns, length = keys - offset, mask.seq_lengths[1]
+    known = (columns >= 0) & (columns < length)
+    columns = columns.clamp(0, length - 1)
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        itself = (rows[b, q] < 0) & (k == q + first)
+        return (known[b, k] & whole(b, h, rows[b, q].clamp(min=0), columns[b, k])) | itself
+
+    return create_block_mask(seen, B=batch, H=None, Q_LEN=width, KV_LEN=keys.shape[1], device=str(device))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -12,77 +11,42 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..planning import Plan
+from . import caches
+from .caches import Held
 from .masks import inverse, put_back, stage_mask, take
 
 T = TypeVar("T")
 Ints = NDArray[np.int64]
 
 
-class Slots:
-    """The original positions that a layer's cache holds.
-
-    Parameters
-    ----------
-    columns
-        ``(batch, m)``, −1 for the padding of rows that kept fewer tokens than others.
-    padded
-        Whether there is any padding.
-    """
-
-    def __init__(self, columns: Tensor, padded: bool) -> None:
-        self.columns, self.padded = columns, padded
-
-
-class Memory:
-    """What a cache has to remember between calls; it is an attribute of the cache, and is copied with it.
-
-    Parameters
-    ----------
-    length
-        Positions of layer 0 that ``slots`` speaks of. Every token fed in later is in every layer.
-    slots
-        One entry per layer, shared by the layers of a stage; ``None`` where everything was kept.
-    """
-
-    def __init__(self, length: int, slots: list[Slots | None]) -> None:
-        self.length, self.slots = length, slots
-
-    def cropped(self, count: int) -> Memory:
-        """Without the last ``count`` positions, where every row of every layer has these; otherwise itself."""
-        stages = {slots for slots in self.slots if slots is not None}
-        for slots in stages:
-            end = torch.arange(self.length - count, self.length, device=slots.columns.device)
-            if slots.columns.shape[1] < count or (slots.columns[:, -count:] != end).any():
-                return self
-        shorter = {slots: Slots(slots.columns[:, :-count], slots.padded) for slots in stages}
-        return Memory(self.length - count, [None if slots is None else shorter[slots] for slots in self.slots])
-
-
 class Extent(NamedTuple):
-    """The size of a call: rows, tokens fed in, tokens in layer 0's cache and how many of these the memory covers."""
+    """The size of a call: rows, tokens fed in, and tokens fed in before it."""
 
     batch: int
     tokens: int
-    past: int
-    known: int
+    past: Any  # an int, or for static caches a tensor
     device: torch.device
 
+    def positions(self, start: Any, count: int) -> Tensor:
+        """``(batch, count)`` consecutive positions."""
+        return (torch.arange(count, device=self.device) + start).expand(self.batch, -1)
 
-class View:
-    """What the layers of one stage see in one call.
+
+class Part:
+    """The part of a call that the layers of one stage are given.
 
     Parameters
     ----------
     extent
         The size of the call.
-    slots
-        What these layers' caches hold, ``None`` for everything.
-    first
-        The layer at whose input the stage begins.
+    held
+        What these layers' caches held before, ``None`` for everything.
     rows
         ``(batch, width)``: which of the call's tokens are there, −1 for padding on the left; ``None`` for all.
     step
         The same as slots of the stage before, which is what the first layer gathers by.
+    first
+        The layer at whose input the stage begins.
     padded
         Whether any row has padding, in this call or in the cache.
     """
@@ -90,47 +54,77 @@ class View:
     ranks: Tensor | None = None  # (batch, width) compact position ids; None when tokens keep their original ones
 
     def __init__(
-        self, extent: Extent, slots: Slots | None, first: int, rows: Tensor | None, step: Tensor | None, padded: bool
+        self,
+        extent: Extent,
+        held: Held | None,
+        rows: Tensor | None = None,
+        step: Tensor | None = None,
+        first: int = 0,
+        padded: bool = False,
     ) -> None:
-        self.extent, self.slots, self.first, self.rows, self.step, self.padded = (
-            extent,
-            slots,
-            first,
-            rows,
-            step,
-            padded,
-        )
+        self.extent, self.held, self.rows, self.step, self.first, self.padded = extent, held, rows, step, first, padded
+        self.back = None if rows is None else inverse(rows, extent.tokens)  # (batch, tokens): slots, −1 where dropped
         self.width = extent.tokens if rows is None else rows.shape[1]
-        self._made: list[tuple[object, object]] = []
+        self.queries = extent.positions(extent.past, extent.tokens)  # (batch, width) original positions, −1 for padding
+        if rows is not None:
+            self.queries = rows.where(rows < 0, rows + extent.past)
 
-    @cached_property
-    def keys(self) -> Tensor:
-        """Original positions of the layers' keys after this call, ``(batch, m)``; −1 for padding."""
-        batch, tokens, past, known, device = self.extent
-
-        def between(start: int, stop: int) -> Tensor:
-            return torch.arange(start, stop, device=device).expand(batch, -1)
-
-        held = between(0, known) if self.slots is None else self.slots.columns
-        new = between(past, past + tokens) if self.rows is None else self.rows.where(self.rows < 0, self.rows + past)
-        return torch.cat((held, between(known, past), new), dim=1)
-
-    @cached_property
-    def back(self) -> Tensor | None:
-        """Slot of each of the call's tokens, ``(batch, tokens)``, −1 where dropped; ``None`` when all are there."""
-        return None if self.rows is None else inverse(self.rows, self.extent.tokens)
+    def given(self) -> Tensor:
+        """Original positions of all tokens that these layers were ever given, ``(batch, n)``; −1 for padding."""
+        known = self.held.length if self.held else 0
+        before = (self.held.columns,) if self.held else ()
+        return torch.cat((*before, self.extent.positions(known, int(self.extent.past) - known), self.queries), 1)
 
     def renumber(self, real: Tensor) -> None:
         """Set ``ranks``: rows count what is not padding, by ``real (batch, past + tokens)`` in layer 0."""
-        held = real[:, : self.extent.known]
-        if self.slots is not None:
-            held = real.gather(1, self.slots.columns.clamp(min=0)) & (self.slots.columns >= 0)
-        past = held.sum(1, keepdim=True) + real[:, self.extent.known : self.extent.past].sum(1, keepdim=True)
-        new = real[:, self.extent.past :] if self.rows is None else self.rows >= 0
-        self.ranks = (past + new.cumsum(1) - 1).clamp(min=0)
+        past, known = self.extent.past, self.held.length if self.held else 0
+        before = real[:, known:past].sum(1, keepdim=True)
+        if self.held is not None:
+            columns = self.held.columns
+            before = before + (real.gather(1, columns.clamp(min=0)) & (columns >= 0)).sum(1, keepdim=True)
+        new = real[:, past:] if self.rows is None else self.rows >= 0
+        self.ranks = (before + new.cumsum(1) - 1).clamp(min=0)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Pick the stage's tokens out of ``(..., batch or 1, tokens, features)``."""
+        return x if self.rows is None else take(x, self.rows)
+
+    def enter(self, hidden: Tensor, layer: int, whole: bool) -> Tensor:
+        """Hidden states that a layer gets: its stage's, where what comes is that of the stage before, or ``whole``."""
+        if whole:
+            return self.gather(hidden)
+        return hidden if self.step is None or layer != self.first else take(hidden, self.step)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Put ``(batch, width, features)`` back at full length, zeros where dropped."""
+        return x if self.back is None else put_back(x, self.back)
+
+
+class View:
+    """A part of a call as layers of one kind see it: their keys and masks.
+
+    Parameters
+    ----------
+    part
+        What the layers are given.
+    layer
+        Their cache layer, one for all of them, or ``None`` without a cache.
+    seen
+        Length and first position of the keys that the decoder's own mask speaks of.
+    """
+
+    def __init__(self, part: Part, layer: Any, seen: tuple[int, int]) -> None:
+        self.part, self.seen = part, seen
+        self.static = getattr(layer, "is_compileable", False)
+        if self.static and part.rows is None and not layer.is_sliding:
+            self.keys, self.past = caches.slots(layer), 0
+        else:
+            end = part.extent.past + part.extent.tokens
+            self.keys, self.past = caches.present(layer, part.given(), part.width, end)
+        self._made: list[tuple[object, object]] = []
 
     def once(self, source: object, make: Callable[[], T]) -> T:
-        """Make what the stage's layers share; each of them comes with the same ``source``."""
+        """Make what the view's layers share; each of them comes with the same ``source``."""
         for known, made in self._made:
             if known is source:
                 return made  # type: ignore[return-value]
@@ -138,31 +132,25 @@ class View:
         self._made.append((source, made))
         return made
 
-    def mask(self, mask: Tensor | None, flash: bool) -> Tensor | None:
-        """The stage's attention mask (see :func:`adsc.hf.masks.stage_mask`)."""
-        if mask is None and not self.padded:
+    def mask(self, mask: Any, flash: bool) -> Any:
+        """The view's attention mask (see :func:`adsc.hf.masks.stage_mask`)."""
+        part = self.part
+        if mask is None and not (part.padded or self.static):
             return None
-        return self.once(mask, lambda: stage_mask(mask, self.rows, self.keys, self.width, flash))
-
-    def advance(self, hidden: Tensor) -> Tensor:
-        """From the stage before into this one."""
-        return hidden if self.step is None else take(hidden, self.step)
-
-    def gather(self, x: Tensor) -> Tensor:
-        """Pick the stage's tokens out of ``(..., batch or 1, tokens, features)``."""
-        return x if self.rows is None else take(x, self.rows)
-
-    def restore(self, x: Tensor) -> Tensor:
-        """Put ``(batch, width, features)`` back at full length, zeros where dropped."""
-        return x if self.back is None else put_back(x, self.back)
+        return self.once(
+            mask, lambda: stage_mask(mask, part.rows, part.queries, self.keys, self.seen[1], self.past, flash)
+        )
 
     def restore_attention(self, x: Tensor) -> Tensor:
         """Put attention weights ``(batch, heads, width, m)`` back at full size, zeros where dropped."""
         batch, heads = x.shape[:2]
-        columns = inverse(self.keys, self.extent.past + self.extent.tokens).repeat_interleave(heads, 0)
+        length, offset = self.seen
+        keys = self.keys - offset
+        keys = keys.masked_fill((keys < 0) | (keys >= length), -1)
+        columns = inverse(keys, length).repeat_interleave(heads, 0)
         x = put_back(x.flatten(0, 1).transpose(1, 2), columns).transpose(1, 2)
-        if self.back is not None:
-            x = put_back(x, self.back.repeat_interleave(heads, 0))
+        if self.part.back is not None:
+            x = put_back(x, self.part.back.repeat_interleave(heads, 0))
         return x.reshape(batch, heads, *x.shape[1:])
 
 
@@ -171,38 +159,44 @@ class Call:
 
     It travels with the call as a keyword of the layers, so threads, and the second run of a layer under gradient
     checkpointing, see what belongs to them.
-
-    Parameters
-    ----------
-    views
-        One per layer, shared by the layers of a stage.
-    memory
-        What the cache has to know from now on, made when asked for.
     """
 
-    def __init__(self, views: list[View | None], memory: Callable[[], Memory | None]) -> None:
-        self.views, self.memory = views, memory
+    def __init__(self, views: list[View | None], planned: bool, compact: bool = False) -> None:
+        self.views, self.planned, self.compact = views, planned, compact
         self.reached = False  # set by the last layer: proof that the decoder hands keywords on
 
 
-def continue_call(extent: Extent, memory: Memory, numbered: Tensor | None) -> Call:
+def continue_call(extent: Extent, cache: Any, num_layers: int, real: Callable[[], Tensor]) -> Call:
     """Lay out a call that feeds text, or decodes, on a cache that was reduced before.
 
     Parameters
     ----------
-    numbered
-        As in :func:`plan_call`.
+    real
+        Tells which positions of layer 0 are not padding, ``(batch, past + tokens)``.
     """
-    views = {slots: View(extent, slots, 0, None, None, slots.padded) for slots in memory.slots if slots is not None}
-    if numbered is not None:
-        for view in views.values():
-            view.renumber(numbered)
-    return Call([None if slots is None else views[slots] for slots in memory.slots], lambda: memory)
+    parts: dict[Held, Part] = {}
+    views: dict[object, View] = {}
+    laid: list[View | None] = []
+    for index in range(num_layers):
+        held = caches.held(cache, index)
+        if held is None:
+            laid.append(None)
+            continue
+        if held not in parts:
+            parts[held] = Part(extent, held, padded=held.padded)
+            if held.compact:
+                parts[held].renumber(real())
+        layer = cache.layers[index]
+        key = held, caches.kind(layer)
+        if key not in views:
+            views[key] = View(parts[held], layer, layer.get_mask_sizes(extent.tokens))
+        laid.append(views[key])
+    return Call(laid, planned=False)
 
 
 def plan_call(
     extent: Extent,
-    memory: Memory | None,
+    cache: Any,
     plans: Sequence[Plan],
     real: Sequence[Ints],
     num_layers: int,
@@ -212,8 +206,6 @@ def plan_call(
 
     Parameters
     ----------
-    memory
-        What earlier calls on the cache dropped.
     plans
         One per row.
     real
@@ -222,37 +214,55 @@ def plan_call(
     numbered
         Which positions of layer 0 are not padding, ``(batch, past + tokens)``, when survivors are to be renumbered.
     """
-    held = memory.slots if memory else [None] * num_layers
-    stages = [plans[0].stage(layer).start for layer in range(num_layers)]
-    views: list[View | None] = []
+    parts: dict[object, Part | None] = {}
+    views: dict[object, View] = {}
+    laid: list[View | None] = []
+    rows = step = None
     before: Ints | None = None  # slot of each token in the stage before
-    for layer, (slots, stage) in enumerate(zip(held, stages, strict=True)):
-        if layer and slots is held[layer - 1] and stage == stages[layer - 1]:
-            views.append(views[-1])
-            continue
-        rows = step = None
-        padded = slots.padded if slots else False
-        if stage > 0:
-            kept = [places[plan.kept(layer)] for places, plan in zip(real, plans, strict=True)]
+    start, first, padded = 0, 0, False
+    for index in range(num_layers):
+        stage = plans[0].stage(index).start
+        if stage != start:
+            start, first = stage, index
+            kept = [places[plan.kept(index)] for places, plan in zip(real, plans, strict=True)]
             width = max(map(len, kept))
-            index = np.full((extent.batch, width), -1, dtype=np.int64)
+            slots = np.full((extent.batch, width), -1, dtype=np.int64)
             back = np.full((extent.batch, extent.tokens), -1, dtype=np.int64)
             for row, places in enumerate(kept):
-                index[row, width - len(places) :] = places
+                slots[row, width - len(places) :] = places
                 back[row, places] = np.arange(width - len(places), width)
-            stride = index if before is None else np.where(index < 0, -1, np.take_along_axis(before, index.clip(0), 1))
-            rows, step = torch.from_numpy(index).to(extent.device), torch.from_numpy(stride).to(extent.device)
-            before, padded = back, padded or bool((index < 0).any())
-        if rows is None and slots is None:
-            views.append(None)
+            stride = slots if before is None else np.where(slots < 0, -1, np.take_along_axis(before, slots.clip(0), 1))
+            rows, step = torch.from_numpy(slots).to(extent.device), torch.from_numpy(stride).to(extent.device)
+            before, padded = back, bool((slots < 0).any())
+        held = caches.held(cache, index)
+        if rows is None and held is None:
+            laid.append(None)
             continue
-        view = View(extent, slots, layer, rows, step, padded)
-        if numbered is not None:
-            view.renumber(numbered)
-        views.append(view)
+        if (stage, held) not in parts:
+            part = Part(extent, held, rows, step, first, padded or (held is not None and held.padded))
+            if numbered is not None:
+                part.renumber(numbered)
+            parts[stage, held] = part
+        layer, seen = None, (extent.tokens, 0)
+        if cache is not None and index < len(cache.layers):
+            layer = cache.layers[index]
+            seen = layer.get_mask_sizes(extent.tokens)
+            if rows is not None and extent.past == 0:
+                caches.allocate(layer, extent.tokens - rows.shape[1])
+        key = stage, held, caches.kind(layer)
+        if key not in views:
+            views[key] = View(parts[stage, held], layer, seen)
+        laid.append(views[key])
+    return Call(laid, True, numbered is not None)
 
-    def remember() -> Memory:
-        after = {view: Slots(view.keys, view.padded) for view in views if view is not None}
-        return Memory(extent.past + extent.tokens, [None if view is None else after[view] for view in views])
 
-    return Call(views, remember)
+def remember(call: Call, cache: Any) -> None:
+    """After a planned call: tell the layers of its cache what they hold."""
+    after: dict[Part, Held] = {}
+    for index, view in enumerate(call.views):
+        if view is not None and index < len(cache.layers):
+            part = view.part
+            if part not in after:
+                end = int(part.extent.past) + part.extent.tokens
+                after[part] = Held(part.given(), end, part.padded, call.compact)
+            caches.reduce(cache, index, after[part])

@@ -229,8 +229,8 @@ def instructblipvideo_pixels(images: list[Image], generator: torch.Generator) ->
 
 SIZES = (Image(4, 6), Image(3, 3), Image(5, 2))
 TINY = {
-    "blip-2": Tiny(build_blip_2, lambda image: [18], blip_2_pixels, grids=False),
-    "instructblip": Tiny(build_instructblip, lambda image: [18], instructblip_pixels, grids=False),
+    "blip-2": Tiny(build_blip_2, lambda image: [18], blip_2_pixels, grids=False, words=False),
+    "instructblip": Tiny(build_instructblip, lambda image: [18], instructblip_pixels, grids=False, words=False),
     "instructblipvideo": Tiny(
         build_instructblipvideo,
         lambda video: [18] * video.frames,

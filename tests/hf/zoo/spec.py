@@ -64,6 +64,8 @@ class Tiny:
         Further inputs that the processor makes out of ``input_ids``.
     video
         A video, where the family takes any.
+    words
+        Whether it takes prompts without images.
     """
 
     build: Callable[[], torch.nn.Module]
@@ -76,6 +78,7 @@ class Tiny:
     prompt: Callable[[Image], list[int]] | None = None
     extra: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None
     video: Image | None = None
+    words: bool = True
 
     def ids(self, image: Image) -> list[int]:
         """The ids that stand for an image in the prompt."""
