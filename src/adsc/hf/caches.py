@@ -122,7 +122,9 @@ class ReducedSlidingLayer(Reduced, hf.DynamicSlidingWindowLayer):
 
 
 class ReducedStaticLayer(Reduced, hf.StaticLayer):
-    """Allocated at its stage's own length."""
+    """Allocated at its stage's own length; ``full`` is that of a dense one."""
+
+    full: int
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the dense layer's keys."""

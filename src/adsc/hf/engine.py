@@ -268,7 +268,7 @@ class Handle:
             self._thread.plans, self._thread.planned = planned.plans, planned
         elif ids is None:
             self._check_embeds(inputs)
-        elif ids.shape[1] > 1 and not (_is_reduced(cache) and cache.get_seq_length()):
+        elif ids.shape[1] > 1 and not (cache is not None and _is_reduced(cache) and cache.get_seq_length()):
             # A prompt, not candidates of assisted decoding: those found by prompt look-up may be placeholders.
             if not torch.compiler.is_compiling():
                 check_text(self._family, self.model.config, ids)
@@ -282,7 +282,7 @@ class Handle:
                 "are: with handle.planned(inputs, spans)"
             )
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _plan_call(self, inputs: dict[str, Any]) -> _Planned:
         cache = inputs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -357,8 +357,8 @@ class Handle:
             self._check_held(cache, batch)
             self._check_length(extent)
             self._check_flash(inputs, None, extent)
-            numbered = partial(_not_padding, inputs.get("attention_mask"), extent)
-            inputs[KEYWORD] = continue_call(extent, cache, self.num_layers, numbered)
+            real = partial(_not_padding, inputs.get("attention_mask"), extent)
+            inputs[KEYWORD] = continue_call(extent, cache, self.num_layers, real)
         return (), inputs
 
     def _renumbers(self, cache: Any) -> bool:
@@ -494,7 +494,7 @@ def compress(model: Any, method: Schedule | ADSCConfig | Method | str) -> Iterat
 def _decoder(base: nn.Module) -> Any:
     decoder = base
     while not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        inner = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
+        inner: Any = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder  # type: ignore[operator]
         inner = getattr(decoder, "model", decoder) if inner is decoder else inner
         if inner is decoder:
             raise UnsupportedModelError(f"{type(base).__name__} has no decoder with a list of layers to reduce at")
@@ -541,7 +541,7 @@ def _spans(spans: Sequence[Iterable[Any]] | Tensor, batch: int) -> list[list[Int
         raise InputError(f"spans of {len(spans)} rows, but the inputs have {batch}")
     if not isinstance(spans, Tensor):
         return [list(Layout(np.iinfo(np.int32).max, row).spans) for row in spans]
-    found = []
+    found: list[list[Ints]] = []
     for row in spans.cpu().numpy():
         if row.dtype == bool:
             row = np.where(row, 1 + np.cumsum(np.diff(row.astype(int), prepend=0) == 1), 0)
@@ -550,8 +550,8 @@ def _spans(spans: Sequence[Iterable[Any]] | Tensor, batch: int) -> list[list[Int
 
 
 def _row(real: Ints, spans: list[Ints]) -> Layout:
-    places = [np.searchsorted(real, span) for span in spans]
-    for span, inside in zip(spans, places, strict=True):
+    places = sorted((np.searchsorted(real, span) for span in spans), key=lambda span: int(span[0]))
+    for span, inside in zip(sorted(spans, key=lambda span: int(span[0])), places, strict=True):
         if inside[-1] >= len(real) or (real[inside] != span).any():
             raise InputError("a span lies outside its row or in its padding; give positions of the inputs")
-    return Layout(len(real), sorted(places, key=lambda span: int(span[0])))
+    return Layout(len(real), places)

@@ -214,7 +214,7 @@ def plan_call(
     numbered
         Which positions of layer 0 are not padding, ``(batch, past + tokens)``, when survivors are to be renumbered.
     """
-    parts: dict[object, Part | None] = {}
+    parts: dict[object, Part] = {}
     views: dict[object, View] = {}
     laid: list[View | None] = []
     rows = step = None
