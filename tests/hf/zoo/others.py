@@ -237,6 +237,7 @@ TINY = {
         instructblipvideo_pixels,
         (Image(frames=2),) * 3,
         grids=False,
+        words=False,
     ),
     "chameleon": Tiny(build_chameleon, lambda image: [25], pixels_10),
     "cohere_compass": Tiny(build_cohere_compass, **QWEN3),
