@@ -28,7 +28,7 @@ from ..planning import Plan
 from ..schedule import Ratio, Schedule
 from . import caches
 from .families import check_text, family_of, has_vision, layouts, real_positions, whole_until, windows
-from .views import Call, Extent, Ints, continue_call, plan_call, remember
+from .views import Call, Extent, Ints, choose, continue_call, plan_call, remember
 
 KEYWORD = "adsc"  # under which a call travels from the decoder to its layers
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -43,14 +43,18 @@ Hooked = tuple[tuple[Any, ...], dict[str, Any]] | None
 class _Planned:
     """What is known of a call before its decoder runs: where the tokens of each row are, and which of them stay."""
 
-    def __init__(self, real: list[Ints], rows: list[Layout], plans: list[Plan]) -> None:
-        self.real, self.rows, self.plans = real, rows, plans
+    def __init__(
+        self, real: list[Ints], rows: list[Layout], plans: list[Plan], tokens: int, device: torch.device
+    ) -> None:
+        self.real, self.rows, self.plans, self.tokens, self.device = real, rows, plans, tokens, device
+        self.chosen = choose(plans, real, tokens, device)
 
     def repeated(self, times: int) -> _Planned:
         """Every row so many times in a row, as beams and samples need it."""
         if times == 1:
             return self
-        return _Planned(*([item for item in items for _ in range(times)] for items in vars(self).values()))
+        rows = ([item for item in items for _ in range(times)] for items in (self.real, self.rows, self.plans))
+        return _Planned(*rows, self.tokens, self.device)
 
 
 class _Thread(threading.local):
@@ -61,7 +65,7 @@ class _Thread(threading.local):
         self.plans: list[Plan] = []
         self.inside = False  # whether the base model is running
         self.planned: _Planned | None = None  # from the base model to its decoder
-        self.ahead: tuple[int, int, _Planned] | None = None  # by the user: batch, tokens and what was planned
+        self.ahead: tuple[int, _Planned] | None = None  # by the user: batch and what was planned
 
     def __reduce__(self) -> tuple[type[_Thread], tuple[()]]:
         return type(self), ()
@@ -176,7 +180,7 @@ class Handle:
         else:
             rows = [_row(places, found) for places, found in zip(real, _spans(spans, batch), strict=True)]
         before = self._thread.ahead
-        self._thread.ahead = batch, tokens, self._plan(real, rows)
+        self._thread.ahead = batch, self._plan(real, rows, inputs)
         try:
             yield self
         finally:
@@ -212,17 +216,19 @@ class Handle:
                     "use 'original'"
                 )
 
-    def _plan(self, real: list[Ints], rows: list[Layout]) -> _Planned:
-        return _Planned(real, rows, [self.method.plan(layout, self.num_layers) for layout in rows])
+    def _plan(self, real: list[Ints], rows: list[Layout], inputs: Mapping[str, Any]) -> _Planned:
+        plans = [self.method.plan(layout, self.num_layers) for layout in rows]
+        tokens = _tokens(inputs)
+        return _Planned(real, rows, plans, tokens.shape[1], tokens.device)
 
     def _ahead(self, inputs: Mapping[str, Any]) -> _Planned | None:
         """What the user had planned, if it is for this call."""
         if self._thread.ahead is None:
             return None
-        batch, tokens, planned = self._thread.ahead
+        batch, planned = self._thread.ahead
         rows, length = _shape(inputs)
         cache = inputs.get("past_key_values")
-        if length != tokens or rows % batch or (cache is not None and cache.get_seq_length()):
+        if length != planned.tokens or rows % batch or (cache is not None and cache.get_seq_length()):
             return None
         return planned.repeated(rows // batch)
 
@@ -287,7 +293,7 @@ class Handle:
         cache = inputs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         real = real_positions(inputs.get("attention_mask"), *_shape(inputs), past)
-        return self._plan(real, layouts(self._family, self.model.config, inputs, real))
+        return self._plan(real, layouts(self._family, self.model.config, inputs, real), inputs)
 
     def _leave_base(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self._thread.inside, self._thread.planned = False, None  # also after an error before the decoder
@@ -350,7 +356,7 @@ class Handle:
             self._check_length(extent)
             self._check_flash(inputs, planned, extent)
             numbered = _not_padding(inputs.get("attention_mask"), extent) if self._renumbers(cache) else None
-            inputs[KEYWORD] = plan_call(extent, cache, planned.plans, planned.real, self.num_layers, numbered)
+            inputs[KEYWORD] = plan_call(extent, cache, planned.chosen, numbered)
         else:
             extent = Extent(batch, width, past, tokens.device)
             self._check_call(cache)

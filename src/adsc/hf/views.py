@@ -32,6 +32,62 @@ class Extent(NamedTuple):
         return (torch.arange(count, device=self.device) + start).expand(self.batch, -1)
 
 
+class Chosen:
+    """The tokens of a call that a stage is given.
+
+    Parameters
+    ----------
+    first
+        The layer at whose input the stage begins.
+    rows
+        ``(batch, width)``: which of the call's tokens are there, −1 for padding on the left.
+    step
+        The same as slots of the stage before, which is what the first layer gathers by.
+    tokens
+        How many the call has.
+    padded
+        Whether any row has padding.
+    """
+
+    def __init__(self, first: int, rows: Tensor, step: Tensor, tokens: int, padded: bool) -> None:
+        self.first, self.rows, self.step, self.padded = first, rows, step, padded
+        self.back = inverse(rows, tokens)  # (batch, tokens): slot of each token, −1 where dropped
+
+
+def choose(plans: Sequence[Plan], real: Sequence[Ints], tokens: int, device: torch.device) -> list[Chosen | None]:
+    """Of each layer the tokens that it is given, shared by the layers of a stage; ``None`` for all.
+
+    Parameters
+    ----------
+    plans
+        One per row.
+    real
+        Of each row the positions that are not padding; the plans count these alone. Reduced stages hold no padding
+        but what makes their rows equally long.
+    tokens
+        How many the call has.
+    """
+    chosen: list[Chosen | None] = []
+    before: Ints | None = None  # slot of each token in the stage before
+    for stage in plans[0].stages:
+        made = None
+        if stage.start > 0:
+            kept = [places[plan.kept(stage.start)] for places, plan in zip(real, plans, strict=True)]
+            width = max(map(len, kept))
+            rows = np.full((len(kept), width), -1, dtype=np.int64)
+            back = np.full((len(kept), tokens), -1, dtype=np.int64)
+            for row, places in enumerate(kept):
+                rows[row, width - len(places) :] = places
+                back[row, places] = np.arange(width - len(places), width)
+            step = rows if before is None else np.where(rows < 0, -1, np.take_along_axis(before, rows.clip(0), 1))
+            before, padded = back, bool((rows < 0).any())
+            made = Chosen(
+                stage.start, torch.from_numpy(rows).to(device), torch.from_numpy(step).to(device), tokens, padded
+            )
+        chosen += [made] * (stage.stop - stage.start)
+    return chosen
+
+
 class Part:
     """The part of a call that the layers of one stage are given.
 
@@ -41,33 +97,20 @@ class Part:
         The size of the call.
     held
         What these layers' caches held before, ``None`` for everything.
-    rows
-        ``(batch, width)``: which of the call's tokens are there, −1 for padding on the left; ``None`` for all.
-    step
-        The same as slots of the stage before, which is what the first layer gathers by.
-    first
-        The layer at whose input the stage begins.
-    padded
-        Whether any row has padding, in this call or in the cache.
+    chosen
+        Which of the call's tokens are there, ``None`` for all.
     """
 
     ranks: Tensor | None = None  # (batch, width) compact position ids; None when tokens keep their original ones
 
-    def __init__(
-        self,
-        extent: Extent,
-        held: Held | None,
-        rows: Tensor | None = None,
-        step: Tensor | None = None,
-        first: int = 0,
-        padded: bool = False,
-    ) -> None:
-        self.extent, self.held, self.rows, self.step, self.first, self.padded = extent, held, rows, step, first, padded
-        self.back = None if rows is None else inverse(rows, extent.tokens)  # (batch, tokens): slots, −1 where dropped
-        self.width = extent.tokens if rows is None else rows.shape[1]
+    def __init__(self, extent: Extent, held: Held | None, chosen: Chosen | None) -> None:
+        self.extent, self.held, self.chosen = extent, held, chosen
+        self.padded = (held is not None and held.padded) or (chosen is not None and chosen.padded)
+        self.rows = None if chosen is None else chosen.rows
+        self.width = extent.tokens if self.rows is None else self.rows.shape[1]
         self.queries = extent.positions(extent.past, extent.tokens)  # (batch, width) original positions, −1 for padding
-        if rows is not None:
-            self.queries = rows.where(rows < 0, rows + extent.past)
+        if self.rows is not None:
+            self.queries = self.rows.where(self.rows < 0, self.rows + extent.past)
 
     def given(self) -> Tensor:
         """Original positions of all tokens that these layers were ever given, ``(batch, n)``; −1 for padding."""
@@ -93,11 +136,11 @@ class Part:
         """Hidden states that a layer gets: its stage's, where what comes is that of the stage before, or ``whole``."""
         if whole:
             return self.gather(hidden)
-        return hidden if self.step is None or layer != self.first else take(hidden, self.step)
+        return hidden if self.chosen is None or layer != self.chosen.first else take(hidden, self.chosen.step)
 
     def restore(self, x: Tensor) -> Tensor:
         """Put ``(batch, width, features)`` back at full length, zeros where dropped."""
-        return x if self.back is None else put_back(x, self.back)
+        return x if self.chosen is None else put_back(x, self.chosen.back)
 
 
 class View:
@@ -149,8 +192,8 @@ class View:
         keys = keys.masked_fill((keys < 0) | (keys >= length), -1)
         columns = inverse(keys, length).repeat_interleave(heads, 0)
         x = put_back(x.flatten(0, 1).transpose(1, 2), columns).transpose(1, 2)
-        if self.part.back is not None:
-            x = put_back(x, self.part.back.repeat_interleave(heads, 0))
+        if self.part.chosen is not None:
+            x = put_back(x, self.part.chosen.back.repeat_interleave(heads, 0))
         return x.reshape(batch, heads, *x.shape[1:])
 
 
@@ -183,7 +226,7 @@ def continue_call(extent: Extent, cache: Any, num_layers: int, real: Callable[[]
             laid.append(None)
             continue
         if held not in parts:
-            parts[held] = Part(extent, held, padded=held.padded)
+            parts[held] = Part(extent, held, None)
             if held.compact:
                 parts[held].renumber(real())
         layer = cache.layers[index]
@@ -194,64 +237,37 @@ def continue_call(extent: Extent, cache: Any, num_layers: int, real: Callable[[]
     return Call(laid, planned=False)
 
 
-def plan_call(
-    extent: Extent,
-    cache: Any,
-    plans: Sequence[Plan],
-    real: Sequence[Ints],
-    num_layers: int,
-    numbered: Tensor | None,
-) -> Call:
+def plan_call(extent: Extent, cache: Any, chosen: Sequence[Chosen | None], numbered: Tensor | None) -> Call:
     """Lay out a call with vision tokens.
 
     Parameters
     ----------
-    plans
-        One per row.
-    real
-        Of each row the positions that are not padding; the plans count these alone. Reduced stages hold no padding
-        but what makes their rows equally long.
+    chosen
+        Of each layer the tokens that it is given, from :func:`choose`.
     numbered
         Which positions of layer 0 are not padding, ``(batch, past + tokens)``, when survivors are to be renumbered.
     """
     parts: dict[object, Part] = {}
     views: dict[object, View] = {}
     laid: list[View | None] = []
-    rows = step = None
-    before: Ints | None = None  # slot of each token in the stage before
-    start, first, padded = 0, 0, False
-    for index in range(num_layers):
-        stage = plans[0].stage(index).start
-        if stage != start:
-            start, first = stage, index
-            kept = [places[plan.kept(index)] for places, plan in zip(real, plans, strict=True)]
-            width = max(map(len, kept))
-            slots = np.full((extent.batch, width), -1, dtype=np.int64)
-            back = np.full((extent.batch, extent.tokens), -1, dtype=np.int64)
-            for row, places in enumerate(kept):
-                slots[row, width - len(places) :] = places
-                back[row, places] = np.arange(width - len(places), width)
-            stride = slots if before is None else np.where(slots < 0, -1, np.take_along_axis(before, slots.clip(0), 1))
-            rows, step = torch.from_numpy(slots).to(extent.device), torch.from_numpy(stride).to(extent.device)
-            before, padded = back, bool((slots < 0).any())
+    for index, picked in enumerate(chosen):
         held = caches.held(cache, index)
-        if rows is None and held is None:
+        if picked is None and held is None:
             laid.append(None)
             continue
-        if (stage, held) not in parts:
-            part = Part(extent, held, rows, step, first, padded or (held is not None and held.padded))
+        if (picked, held) not in parts:
+            parts[picked, held] = Part(extent, held, picked)
             if numbered is not None:
-                part.renumber(numbered)
-            parts[stage, held] = part
+                parts[picked, held].renumber(numbered)
         layer, seen = None, (extent.tokens, 0)
         if cache is not None and index < len(cache.layers):
             layer = cache.layers[index]
             seen = layer.get_mask_sizes(extent.tokens)
-            if rows is not None and extent.past == 0:
-                caches.allocate(layer, extent.tokens - rows.shape[1])
-        key = stage, held, caches.kind(layer)
+            if picked is not None and extent.past == 0:
+                caches.allocate(layer, extent.tokens - picked.rows.shape[1])
+        key = picked, held, caches.kind(layer)
         if key not in views:
-            views[key] = View(parts[stage, held], layer, seen)
+            views[key] = View(parts[picked, held], layer, seen)
         laid.append(views[key])
     return Call(laid, True, numbered is not None)
 
