@@ -65,7 +65,8 @@ class _Thread(threading.local):
         self.plans: list[Plan] = []
         self.inside = False  # whether the base model is running
         self.planned: _Planned | None = None  # from the base model to its decoder
-        self.ahead: tuple[int, _Planned] | None = None  # by the user: batch and what was planned
+        self.ahead: tuple[int, _Planned] | None = None  # before the model is called: batch and what was planned
+        self.own = False  # whether that was done by a hook
 
     def __reduce__(self) -> tuple[type[_Thread], tuple[()]]:
         return type(self), ()
@@ -95,7 +96,7 @@ class Handle:
         Its decoder layers.
     """
 
-    def __init__(self, model: PreTrainedModel, method: Method) -> None:
+    def __init__(self, model: PreTrainedModel, method: Method, compiled: nn.Module | None = None) -> None:
         self.model = model
         self._base = model.base_model
         self._family = family_of(model.config)
@@ -119,6 +120,11 @@ class Handle:
             self._hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
             if index < self._whole_until:
                 self._hooks.append(layer.register_forward_hook(leave, with_kwargs=True, prepend=True))
+        if compiled is not None:
+            self._hooks += [
+                compiled.register_forward_pre_hook(self._enter_compiled, with_kwargs=True),
+                compiled.register_forward_hook(self._leave_compiled, always_call=True),
+            ]
         if "labels" in inspect.signature(model.forward).parameters:
             model.forward = _Forward(self, model.forward)
         setattr(model, KEYWORD, self)
@@ -231,6 +237,17 @@ class Handle:
         if length != planned.tokens or rows % batch or (cache is not None and cache.get_seq_length()):
             return None
         return planned.repeated(rows // batch)
+
+    def _enter_compiled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In front of a compiled model: what its graph cannot do."""
+        inputs = _named(self.model.forward, args, kwargs)
+        if self.method.reduces and self._thread.ahead is None and has_vision(self._family, inputs):
+            self._thread.ahead = len(_tokens(inputs)), self._plan_call(inputs)
+            self._thread.own = True
+
+    def _leave_compiled(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if self._thread.own:
+            self._thread.ahead, self._thread.own = None, False
 
     def _without_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Inputs of the outermost model with those labels ignored that no token can predict any more."""
@@ -398,10 +415,11 @@ class Handle:
         # Rotary embeddings carry the positions. Ids with gaps would look like packed sequences to FlashAttention.
         kwargs["position_ids"] = None
         rotary = kwargs.get("position_embeddings")  # absent where positions are added to the embeddings
+        tensor = rotary[0] if isinstance(rotary, tuple) else rotary
         if (ranks := part.ranks) is not None and rotary is not None:
-            kwargs["position_embeddings"] = view.once(rotary, lambda: self._compact_rotary(index, hidden, ranks))
+            kwargs["position_embeddings"] = view.once(tensor, lambda: self._compact_rotary(index, hidden, ranks))
         elif part.rows is not None and rotary is not None:
-            kwargs["position_embeddings"] = view.once(rotary, lambda: _each(part.gather, rotary))
+            kwargs["position_embeddings"] = view.once(tensor, lambda: _each(part.gather, rotary))
         if part.rows is not None:
             for name in self._others:
                 if isinstance(value := kwargs.get(name), Tensor):
@@ -474,9 +492,8 @@ def attach(model: Any, method: Schedule | ADSCConfig | Method | str) -> Handle:
     UnsupportedModelError
         When the model cannot be served exactly.
     """
-    inner = model
-    if isinstance(inner, torch._dynamo.OptimizedModule):
-        inner = inner._orig_mod
+    compiled = model if isinstance(model, torch._dynamo.OptimizedModule) else None
+    inner = model if compiled is None else compiled._orig_mod
     if hasattr(inner, "get_base_model"):  # PEFT
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
@@ -484,7 +501,7 @@ def attach(model: Any, method: Schedule | ADSCConfig | Method | str) -> Handle:
     for module in inner.modules():
         if any(isinstance(getattr(hook, "__self__", None), Handle) for hook in module._forward_pre_hooks.values()):
             raise InputError("the model has a method attached already; call remove() on its handle (model.adsc) first")
-    return Handle(inner, as_method(method))
+    return Handle(inner, as_method(method), compiled)
 
 
 @contextmanager

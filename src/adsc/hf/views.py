@@ -167,7 +167,7 @@ class View:
         self._made: list[tuple[object, object]] = []
 
     def once(self, source: object, make: Callable[[], T]) -> T:
-        """Make what the view's layers share; each of them comes with the same ``source``."""
+        """Make what the view's layers share; each of them comes with the same ``source``, a tensor."""
         for known, made in self._made:
             if known is source:
                 return made  # type: ignore[return-value]
