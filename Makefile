@@ -4,7 +4,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-oldest lint pocket clean
+.PHONY: demo test test-oldest support lint pocket clean
 
 demo: $(READY)  ## the model in the box answers questions, dense and reduced
 	$(VENV)/bin/adsc demo
@@ -14,6 +14,10 @@ test: $(READY)  ## all tests
 
 test-oldest:  ## the engine's tests with the oldest transformers that is supported
 	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt PYTEST="tests/hf tests/accounting"
+
+support: $(READY)  ## the table of supported models, out of its tests
+	$(VENV)/bin/python -m pytest -q tests/hf/test_families.py tests/hf/test_support.py \
+		--support-table docs/support.md -k 'not test_the_table_is_that_of_these_tests'
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -69,7 +69,7 @@ class ADSCConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ADSCConfig:
-        """The inverse of :meth:`to_dict`. Unknown keys, as a newer version may write them, are ignored with a warning.
+        """The inverse of :meth:`to_dict`. Of a newer version's, what this one knows is read, with a warning.
 
         Raises
         ------
@@ -78,17 +78,30 @@ class ADSCConfig:
         """
         if not isinstance(values, dict) or values.get("type") != "adsc":
             raise InputError('not an adsc config; it must be a JSON object with "type": "adsc"')
+        version = values.get("version", VERSION)
+        if type(version) is not int or version < 1:
+            raise InputError(f"version {version!r} of the adsc config must be a whole number of at least 1")
         if not isinstance(values.get("schedule"), str):
             raise InputError('the adsc config has no schedule; write it as text, like "schedule": "3:1/2,11:1/2"')
         known = {"schedule", "pattern", "positions", "seed"}
         unknown = sorted(values.keys() - known - {"type", "version"})
         if unknown:
             warnings.warn(
-                f"the adsc config of version {values.get('version')} has keys unknown to version {VERSION}, "
+                f"the adsc config of version {version} has keys unknown to version {VERSION}, "
                 f"which are ignored: {', '.join(unknown)}",
                 stacklevel=2,
             )
-        return cls(**{key: value for key, value in values.items() if key in known})
+        elif version > VERSION:
+            warnings.warn(
+                f"the adsc config is of version {version}, newer than this adsc knows ({VERSION}); update adsc",
+                stacklevel=2,
+            )
+        try:
+            return cls(**{key: value for key, value in values.items() if key in known})
+        except InputError as error:
+            if version <= VERSION:
+                raise
+            raise InputError(f"{error}; or update adsc: the config is of version {version}") from None
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``adsc_config.json`` into ``folder`` (made if need be), all of it or nothing, and return its path."""

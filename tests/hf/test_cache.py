@@ -27,7 +27,8 @@ def grown(made: Batch, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     inputs, n = dict(made.inputs), tokens.shape[1]
     for name, value in made.inputs.items():
         if value.shape == made.inputs["input_ids"].shape:  # masks and types too
-            inputs[name] = torch.nn.functional.pad(value, (0, n), value=int(name == "attention_mask"))
+            prefix = name == "token_type_ids" and not value.any()  # PaliGemma's prompt is 0, and what follows it 1
+            inputs[name] = torch.nn.functional.pad(value, (0, n), value=int(name == "attention_mask" or prefix))
     inputs["input_ids"] = torch.cat((made.inputs["input_ids"], tokens), 1)
     return inputs
 

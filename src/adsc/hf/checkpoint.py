@@ -1,15 +1,19 @@
-"""Open a checkpoint with the reduction that is saved beside it."""
+"""Open a checkpoint, or an adapter of one, with the reduction that is saved beside it."""
 
 from __future__ import annotations
 
+import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_peft_available
 
 from ..config import FILE_NAME, ADSCConfig
 from ..errors import InputError, UnsupportedModelError
@@ -18,6 +22,8 @@ from ..schedule import Ratio, Schedule
 from .engine import attach
 from .families import family_of
 
+ADAPTER = "adapter_config.json"  # what PEFT saves
+PROCESSOR = ("processor_config.json", "preprocessor_config.json")
 SHARED_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "trust_remote_code")
 
 
@@ -27,7 +33,8 @@ def load(folder_or_hub_id: str | os.PathLike[str], retained: Ratio | None = None
     Parameters
     ----------
     folder_or_hub_id
-        A checkpoint. When it holds an ``adsc_config.json``, that reduction is attached.
+        A checkpoint, or a PEFT adapter, which is put on the model that it names. When it holds an
+        ``adsc_config.json`` (or that model does), that reduction is attached.
     retained
         Another budget than the saved one, by :meth:`adsc.Schedule.for_budget`; needed where no config is saved.
         1 gives the dense model with the handle attached, ready for ``handle.budget``.
@@ -41,8 +48,8 @@ def load(folder_or_hub_id: str | os.PathLike[str], retained: Ratio | None = None
     Raises
     ------
     InputError
-        When the folder is missing or lacks weights or processor, a package that the processor needs is not there, a
-        config is not valid, or the budget is out of reach.
+        When the folder is missing or lacks weights or processor, a package that processor or adapter need is not there,
+        a config is not valid, or the budget is out of reach.
     UnsupportedModelError
         When the checkpoint is no image-text-to-text model that can be served; found before weights are fetched.
     """
@@ -51,23 +58,32 @@ def load(folder_or_hub_id: str | os.PathLike[str], retained: Ratio | None = None
     # What is small comes first: nothing is left to refuse when the weights are fetched.
     config = read_config(name, **shared)
     family_of(config)
-    try:
-        saved = cached_file(name, FILE_NAME, _raise_exceptions_for_missing_entries=False, **shared)
-    except OSError as error:
-        raise InputError(f"cannot load {name!r}: {_first_line(error)}") from error
-    method = as_method(ADSCConfig.from_pretrained(Path(saved).parent) if saved else Schedule.none())
+    base = _base(name, **shared)
+    saved = _found(name, FILE_NAME, **shared) or _found(base, FILE_NAME, **shared)
+    if saved is None and not _is_known_to_lack(name, FILE_NAME, **shared):
+        warnings.warn(
+            f"no {FILE_NAME} of {name!r} is cached, and the hub could not be asked for it; "
+            f"going on with {'the dense model' if retained is None else 'defaults'}",
+            stacklevel=2,
+        )
+    method = as_method(ADSCConfig.from_pretrained(saved.parent) if saved else Schedule.none())
     num_layers = depth(config)
     if retained is not None:
         method = method.for_budget(num_layers, retained)
     method.validate(num_layers)
+    processed = any(_found(name, file, **shared) for file in PROCESSOR)
     try:
-        processor = AutoProcessor.from_pretrained(name, **shared)
-        model = AutoModelForImageTextToText.from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+        processor = AutoProcessor.from_pretrained(name if processed else base, **shared)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load {name!r}: {_first_line(error)}") from error
     except ImportError as error:  # processors with video need torchvision
         raise InputError(f"cannot load {name!r} yet: {_first_line(error).partition('. ')[0]}") from error
-    # A PEFT adapter saved in the same folder is put on here, before the method is attached.
+    # An adapter is on by now, and the report is about its weights. Those that were missing are random.
+    model, report = loaded
+    if report["missing_keys"] and getattr(model, "peft_config", None):
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"the adapter {name!r} lacks {len(missing)} weights of {base!r} ({missing[0]}, …)")
     if saved or retained is not None:
         attach(model, method)
     return model, processor
@@ -84,10 +100,12 @@ def read_config(name: str, **options: Any) -> Any:
     path = Path(name)
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise InputError(f"there is no folder {name!r}; give the folder of a checkpoint or a hub id like 'owner/name'")
+    base = _base(name, **options)
+    named = "" if base == name else f", which the adapter {name!r} names"
     try:
-        return AutoConfig.from_pretrained(name, **options)
+        return AutoConfig.from_pretrained(base, **options)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise InputError(f"cannot read the config of {name!r}: {_first_line(error)}") from error
+        raise InputError(f"cannot read the config of {base!r}{named}: {_first_line(error)}") from error
 
 
 def depth(config: Any) -> int:
@@ -96,6 +114,38 @@ def depth(config: Any) -> int:
     if layers is None:
         raise UnsupportedModelError(f"{config.model_type} has no decoder layers, so there is nothing to reduce")
     return layers
+
+
+def _base(name: str, **options: Any) -> str:
+    """The checkpoint that an adapter is for, or ``name`` itself where a model is there: as transformers finds it."""
+    adapter = None if os.path.isfile(name) else _found(name, ADAPTER, **options)
+    if adapter is None:
+        return name
+    if not is_peft_available():
+        raise InputError(f"{name!r} holds an adapter, which needs peft; pip install peft")
+    if (Path(name) / "config.json").exists():
+        return name
+    try:
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        raise InputError(f"{adapter} is not valid JSON of an adapter; save it with PeftModel.save_pretrained") from None
+    if not isinstance(base, str) or not base:
+        raise InputError(f'{adapter} does not name its model; set "base_model_name_or_path" to a folder or hub id')
+    return base
+
+
+def _found(name: str, file: str, **options: Any) -> Path | None:
+    """A file of a folder or of the hub, ``None`` where there is none or the hub cannot be asked."""
+    try:
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
+    except OSError as error:
+        raise InputError(f"cannot load {name!r}: {_first_line(error)}") from error
+    return None if path is None else Path(path)
+
+
+def _is_known_to_lack(name: str, file: str, **options: Any) -> bool:
+    where = {key: options[key] for key in ("cache_dir", "revision") if key in options}
+    return os.path.isdir(name) or try_to_load_from_cache(name, file, **where) is not None
 
 
 def _first_line(error: Exception) -> str:

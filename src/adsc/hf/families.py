@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, DynamicCache, GenerationMixin, PreTrainedConfig
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from ..errors import InputError, UnsupportedModelError
@@ -475,6 +475,15 @@ FAMILIES = {
 }
 
 
+# Of a family that nobody described: fields of the config with the placeholder, and the keyword of the pixels.
+PLACEHOLDERS = {
+    "image": (("image_token_id", "image_token_index"), "pixel_values"),
+    "video": (("video_token_id", "video_token_index"), "pixel_values_videos"),
+}
+# Fields of decoders that read images beside the sequence: Mllama's, those of IDEFICS and of BLIP.
+CROSS_ATTENTION = ("cross_attention_layers", "cross_layer_interval", "encoder_hidden_size")
+
+
 def family_of(config: PreTrainedConfig) -> Family:
     """The family of a model.
 
@@ -486,52 +495,81 @@ def family_of(config: PreTrainedConfig) -> Family:
     name, text = config.model_type, config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; adsc serves decoders that hold vision tokens")
-    if getattr(text, "cross_attention_layers", None):
+    if any(getattr(part, field, None) for part in (config, text) for field in CROSS_ATTENTION):
         raise UnsupportedModelError(f"{name} reads images by cross-attention: no vision tokens are in its sequence")
-    if text is config and name not in FAMILIES:
-        raise UnsupportedModelError(f"{name} is text-only, or has no language model: it has no vision tokens to reduce")
+    if name not in FAMILIES and not any(
+        hasattr(config, token) for tokens, _ in PLACEHOLDERS.values() for token in tokens
+    ):
+        raise UnsupportedModelError(
+            f"{name} is text-only, or has no vision tokens in the sequence: its config names no placeholder for images"
+        )
+    # Looking the class up also loads its module, which may bring cache layers of its own.
+    served: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    if served is not None and not issubclass(served, GenerationMixin):
+        raise UnsupportedModelError(f"{name} has no causal generation: its decoder does not answer token by token")
     if getattr(text, "num_kv_shared_layers", None):
         raise UnsupportedModelError(f"{name} shares keys and values between layers that would hold different tokens")
     kinds = sorted({kind.__name__ for kind in map(type, DynamicCache(config=text).layers) if kind not in LAYERS})
     if kinds:
         raise UnsupportedModelError(
-            f"{name} with a {text.model_type} decoder needs {' and '.join(kinds)} caches; "
-            "adsc serves decoders whose layers all attend to the tokens of the sequence"
+            f"{name} has layers with {' and '.join(sorted(set(map(_reason, kinds))))} ({', '.join(kinds)}); "
+            "adsc serves layers that attend to the tokens of the sequence, and cache these alone"
         )
     return FAMILIES.get(name) or _general(config)
+
+
+def _reason(kind: str) -> str:
+    """What layers do that need a cache of a kind."""
+    for part, reason in (
+        ("Linear", "linear attention"),
+        ("Indexed", "an indexer that picks keys"),
+        ("Dummy", "no cache"),
+    ):
+        if part in kind:
+            return reason
+    return "a cache of their own"
 
 
 def _general(config: PreTrainedConfig) -> Family:
     """A family that nobody described: placeholders for images are found in the config."""
     found = []
-    for what, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        for token in (f"{what}_token_id", f"{what}_token_index"):
-            if isinstance(getattr(config, token, None), int):
-                found.append(Modality(token, pixels, what, partial(_runs, token, pixels), _ungridded))
-                break
+    for what, (tokens, pixels) in PLACEHOLDERS.items():
+        token = next((token for token in tokens if isinstance(getattr(config, token, None), int)), None)
+        if token is not None:
+            found.append(Modality(token, pixels, what, partial(_runs, what, token, pixels), _ungridded))
     if not found:
         raise UnsupportedModelError(
-            f"{config.model_type} names no image token in its config, so its vision tokens cannot be found"
+            f"{config.model_type} has no image_token_id in its config; set it, as its checkpoints do"
         )
     return Family(tuple(found))
 
 
-def _runs(token: str, keyword: str, placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
-    # What is known of no family in particular: an image is a run of placeholders, or one of equal parts of it.
+def _runs(
+    what: str, token: str, keyword: str, placeholders: int, config: PreTrainedConfig, inputs: Inputs
+) -> list[Frames]:
+    # What is known of no family in particular: images of equal size are equal parts of what the prompt holds, one or
+    # more to a run of placeholders; images of any size, of which a further input tells, are a run each.
     here = (inputs["input_ids"] == getattr(config, token)).cpu().numpy().astype(np.int8)
     edges = np.diff(np.pad(here, ((0, 0), (1, 1)))).ravel()
     lengths = np.flatnonzero(edges < 0) - np.flatnonzero(edges > 0)
     pixels = inputs[keyword]
-    images = len(pixels) if pixels.ndim == 4 else len(lengths)
-    if images == len(lengths):
-        return [Frames(int(length)) for length in lengths]
-    tokens = placeholders // images
-    if images < len(lengths) or (lengths % tokens).any():
-        raise InputError(
-            f"{len(lengths)} runs of placeholders for {images} images of {config.model_type}, of which adsc knows "
-            "nothing more: put text between images, and none inside"
-        )
-    return [Frames(tokens)] * images
+    told = [
+        value
+        for name, value in inputs.items()
+        if value is not None and name != keyword and name.startswith((f"{what}_", "pixel_attention"))
+    ]
+    if told or pixels.ndim < 4:
+        images = len(told[0]) if told else len(pixels)
+        if images == len(lengths):
+            return [Frames(int(length)) for length in lengths]
+    else:
+        images = prod(pixels.shape[:-3])
+        if placeholders % images == 0 and not (lengths % (placeholders // images)).any():
+            return [Frames(placeholders // images)] * images
+    raise InputError(
+        f"{len(lengths)} runs of {placeholders} placeholders for {images} {what}s of {config.model_type}, of which "
+        "adsc knows nothing more; put text between images and none inside, or say handle.planned(inputs, spans)"
+    )
 
 
 def whole_until(config: PreTrainedConfig) -> int:

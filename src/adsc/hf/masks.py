@@ -91,16 +91,22 @@ def stage_mask(
 def _stage_block_mask(
     mask: BlockMask, rows: Tensor | None, width: int, keys: Tensor, offset: int, first: int
 ) -> BlockMask:
-    """Flex attention asks by query, key and row: the answer is that of the whole mask for what stands there."""
+    """Flex attention asks by query, key and row: the answer is that of the whole mask for what stands there.
+
+    The answer reads two tensors and no numbers: the fewer a kernel depends on, the fewer need compiling.
+    """
     whole, batch, device = mask.mask_mod, keys.shape[0], keys.device
-    if rows is None:
-        rows = torch.arange(width, device=device).expand(batch, -1)
-    columns, length = keys - offset, mask.seq_lengths[1]
-    known = (columns >= 0) & (columns < length)
-    columns = columns.clamp(0, length - 1)
+    slots = torch.arange(keys.shape[1], device=device) - first
+    rows = slots[first : first + width].expand(batch, -1) if rows is None else rows
+    # What no query sees is negative; a padding query has the number of its own key, and so sees itself.
+    rows = torch.where(rows < 0, -2 - slots[first : first + width], rows)
+    columns = keys - offset
+    unseen = (columns < 0) | (columns >= mask.seq_lengths[1])
+    columns = torch.where(unseen, torch.where(slots < 0, -1, -2 - slots), columns)
 
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        itself = (rows[b, q] < 0) & (k == q + first)
-        return (known[b, k] & whole(b, h, rows[b, q].clamp(min=0), columns[b, k])) | itself
+        row, column = rows[b, q], columns[b, k]
+        visible = (column >= 0) & whole(b, h, row.clamp(min=0), column.clamp(min=0))
+        return torch.where(row < 0, row == column, visible)
 
     return create_block_mask(seen, B=batch, H=None, Q_LEN=width, KV_LEN=keys.shape[1], device=str(device))

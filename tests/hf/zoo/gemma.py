@@ -352,9 +352,5 @@ TINY = {
         partial(gemma4_pixels, 2),
         **GEMMA4_IMAGES,
     ),
-    # The small models: causal, and the last layers have the keys and values of earlier ones.
-    "gemma4-shared": Tiny(
-        partial(build_gemma4, num_kv_shared_layers=2), framed, partial(gemma4_pixels, 2), **GEMMA4_IMAGES
-    ),
     "gemma4_unified": Tiny(build_gemma4_unified, framed, partial(gemma4_pixels, 1), **GEMMA4_IMAGES),
 }

@@ -407,7 +407,6 @@ TINY = {
     "minimax_m3_vl": gridded(build_minimax_m3_vl),
     "muse_glimmer": gridded(build_muse_glimmer),
     "muse_spark": gridded(build_muse_spark),
-    "dots3_note": Tiny(build_dots3_note, grid_tokens, flat_pixels, SIZES, markers=MARKERS, video=Image(2, 4, frames=3)),
     # An image's two views are one span. The model takes images or videos in a batch, not both.
     "molmo2": Tiny(
         build_molmo2,
