@@ -57,8 +57,8 @@ class _Planned:
         return _Planned(*rows, self.tokens, self.device)
 
 
-class _Thread(threading.local):
-    """What belongs to one thread. A copied handle starts with none of it."""
+class _State:
+    """What belongs to one thread."""
 
     def __init__(self) -> None:
         self.methods: list[Method] = []
@@ -67,6 +67,13 @@ class _Thread(threading.local):
         self.planned: _Planned | None = None  # from the base model to its decoder
         self.ahead: tuple[int, _Planned] | None = None  # before the model is called: batch and what was planned
         self.own = False  # whether that was done by a hook
+
+
+class _Thread(threading.local):
+    """A state for each thread, in an object of its own: graphs may change that. A copied handle starts with none."""
+
+    def __init__(self) -> None:
+        self.state = _State()
 
     def __reduce__(self) -> tuple[type[_Thread], tuple[()]]:
         return type(self), ()
@@ -132,12 +139,12 @@ class Handle:
     @property
     def method(self) -> Method:
         """The method that this thread's calls use."""
-        return self._thread.methods[-1] if self._thread.methods else self._method
+        return self._thread.state.methods[-1] if self._thread.state.methods else self._method
 
     @property
     def last_plans(self) -> list[Plan]:
         """One plan per row of this thread's latest prefill, padding not counted; empty when it reduced nothing."""
-        return self._thread.plans
+        return self._thread.state.plans
 
     @contextmanager
     def budget(self, retained: Ratio) -> Iterator[Handle]:
@@ -150,11 +157,11 @@ class Handle:
         """
         method = self._method.for_budget(self.num_layers, retained)
         self._check(method)
-        self._thread.methods.append(method)
+        self._thread.state.methods.append(method)
         try:
             yield self
         finally:
-            self._thread.methods.pop()
+            self._thread.state.methods.pop()
 
     @contextmanager
     def planned(
@@ -185,12 +192,12 @@ class Handle:
             rows = layouts(self._family, self.model.config, inputs, real)
         else:
             rows = [_row(places, found) for places, found in zip(real, _spans(spans, batch), strict=True)]
-        before = self._thread.ahead
-        self._thread.ahead = batch, self._plan(real, rows, inputs)
+        before = self._thread.state.ahead
+        self._thread.state.ahead = batch, self._plan(real, rows, inputs)
         try:
             yield self
         finally:
-            self._thread.ahead = before
+            self._thread.state.ahead = before
 
     def remove(self) -> None:
         """Take the method off the model. Nothing of it stays; doing it twice does no harm."""
@@ -229,9 +236,9 @@ class Handle:
 
     def _ahead(self, inputs: Mapping[str, Any]) -> _Planned | None:
         """What the user had planned, if it is for this call."""
-        if self._thread.ahead is None:
+        if self._thread.state.ahead is None:
             return None
-        batch, planned = self._thread.ahead
+        batch, planned = self._thread.state.ahead
         rows, length = _shape(inputs)
         cache = inputs.get("past_key_values")
         if length != planned.tokens or rows % batch or (cache is not None and cache.get_seq_length()):
@@ -241,13 +248,13 @@ class Handle:
     def _enter_compiled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In front of a compiled model: what its graph cannot do."""
         inputs = _named(self.model.forward, args, kwargs)
-        if self.method.reduces and self._thread.ahead is None and has_vision(self._family, inputs):
-            self._thread.ahead = len(_tokens(inputs)), self._plan_call(inputs)
-            self._thread.own = True
+        if self.method.reduces and self._thread.state.ahead is None and has_vision(self._family, inputs):
+            self._thread.state.ahead = len(_tokens(inputs)), self._plan_call(inputs)
+            self._thread.state.own = True
 
     def _leave_compiled(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if self._thread.own:
-            self._thread.ahead, self._thread.own = None, False
+        if self._thread.state.own:
+            self._thread.state.ahead, self._thread.state.own = None, False
 
     def _without_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Inputs of the outermost model with those labels ignored that no token can predict any more."""
@@ -277,25 +284,25 @@ class Handle:
 
     def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Base model: ids and images are seen here, so this is where calls are planned."""
-        self._thread.inside = True
+        self._thread.state.inside = True
         inputs, method = _named(module.forward, args, kwargs), self.method
         cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
         if not method.reduces:
-            self._thread.plans = []
+            self._thread.state.plans = []
         elif (ahead := self._ahead(inputs)) is not None:
             self._check_call(cache)
-            self._thread.plans, self._thread.planned = ahead.plans, ahead
+            self._thread.state.plans, self._thread.state.planned = ahead.plans, ahead
         elif has_vision(self._family, inputs):
             self._check_call(cache)
             planned = self._plan_call(inputs)
-            self._thread.plans, self._thread.planned = planned.plans, planned
+            self._thread.state.plans, self._thread.state.planned = planned.plans, planned
         elif ids is None:
             self._check_embeds(inputs)
         elif ids.shape[1] > 1 and not (cache is not None and _is_reduced(cache) and cache.get_seq_length()):
             # A prompt, not candidates of assisted decoding: those found by prompt look-up may be placeholders.
             if not torch.compiler.is_compiling():
                 check_text(self._family, self.model.config, ids)
-            self._thread.plans = []
+            self._thread.state.plans = []
 
     def _check_embeds(self, inputs: dict[str, Any]) -> None:
         cache = inputs.get("past_key_values")
@@ -313,7 +320,7 @@ class Handle:
         return self._plan(real, layouts(self._family, self.model.config, inputs, real), inputs)
 
     def _leave_base(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        self._thread.inside, self._thread.planned = False, None  # also after an error before the decoder
+        self._thread.state.inside, self._thread.state.planned = False, None  # also after an error before the decoder
 
     def _check_call(self, cache: object) -> None:
         attention = self._decoder.config._attn_implementation
@@ -354,12 +361,14 @@ class Handle:
 
     def _enter_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
         """Decoder: lay the call out, when it is planned or continues from a reduced cache."""
-        planned, self._thread.planned = self._thread.planned, None
+        planned, self._thread.state.planned = self._thread.state.planned, None
         inputs = _named(module.forward, args, kwargs)
         cache = inputs.get("past_key_values")
-        if not self._thread.inside and self.method.reduces:  # generate of BLIP-2, for one, runs its language model
+        if (
+            not self._thread.state.inside and self.method.reduces
+        ):  # generate of BLIP-2, for one, runs its language model
             planned = self._ahead(inputs)
-            self._thread.plans = planned.plans if planned else []
+            self._thread.state.plans = planned.plans if planned else []
             if planned is None and inputs.get("input_ids") is None and not _is_reduced(cache):
                 self._check_embeds(inputs)
         if planned is None and not _is_reduced(cache):
