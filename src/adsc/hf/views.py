@@ -187,6 +187,7 @@ def continue_call(extent: Extent, cache: Any, num_layers: int, real: Callable[[]
             if held.compact:
                 parts[held].renumber(real())
         layer = cache.layers[index]
+        caches.expect(layer)
         key = held, caches.kind(layer)
         if key not in views:
             views[key] = View(parts[held], layer, layer.get_mask_sizes(extent.tokens))
@@ -247,8 +248,9 @@ def plan_call(
         if cache is not None and index < len(cache.layers):
             layer = cache.layers[index]
             seen = layer.get_mask_sizes(extent.tokens)
+            caches.expect(layer)
             if rows is not None and extent.past == 0:
-                caches.allocate(layer, extent.tokens - rows.shape[1])
+                caches.allocate(cache, index, extent.tokens - rows.shape[1])
         key = stage, held, caches.kind(layer)
         if key not in views:
             views[key] = View(parts[stage, held], layer, seen)
