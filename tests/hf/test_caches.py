@@ -46,7 +46,9 @@ def mistral() -> torch.nn.Module:
 
 
 def network_of(family: str) -> torch.nn.Module:
-    """A model; transformers remembers on it how long static caches were."""
+    """A model, without what transformers remembers on it: how long static caches were."""
+    if OLD and family == "gemma3":
+        pytest.skip("dense or not, it fails on static caches and in later turns in this version of transformers")
     network = mistral() if family == "mistral" else model(family)
     network.__dict__.pop("_previous_max_cache_length", None)
     return network
