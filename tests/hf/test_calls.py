@@ -10,8 +10,6 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import adsc
 
@@ -178,81 +176,6 @@ def test_a_copied_model_has_a_handle_of_its_own():
         with torch.no_grad():
             assert not torch.equal(other(**made.inputs).logits, reduced)
         assert torch.equal(model("llava")(**made.inputs).logits, reduced)
-
-
-class Flash:
-    """Stands in for FlashAttention: 2-D masks, causal from the bottom right, and its reading of position ids."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, module, query, key, value, mask, scaling=None, position_ids=None, **kwargs):
-        self.calls += 1
-        queries, keys = query.shape[2], key.shape[2]
-        if position_ids is not None and query.shape[0] == 1 and queries > 1:
-            expected = torch.arange(queries) + position_ids.min()
-            assert torch.equal(position_ids.flatten(), expected), "gaps look like packed sequences"
-        visible = torch.arange(keys) <= torch.arange(keys - queries, keys)[:, None]
-        visible = visible.expand(query.shape[0], 1, -1, -1)
-        if mask is not None:
-            assert mask.shape == (query.shape[0], keys)
-            visible = visible & mask.bool()[:, None, None]
-        groups = query.shape[1] // key.shape[1]
-        bias = torch.where(visible, 0.0, -1e30)
-        scores = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling + bias
-        return (scores.softmax(-1) @ value.repeat_interleave(groups, 1)).transpose(1, 2), None
-
-
-@pytest.mark.parametrize("name", ["single", "left_padding", "text_beside_image"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_masks_and_positions_for_flash_attention(family, name, monkeypatch):
-    network, made = copy.deepcopy(model(family)), case(family, name)
-    kept = kept_positions(made)
-    expected = masked_dense(network, made.inputs, kept)
-    greedy = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    with adsc.compress(network, SCHEDULE):
-        tokens = network.generate(**made.inputs, **greedy)
-    flash = Flash()
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
-    decoder = network.get_decoder()
-    decoder.config._attn_implementation = "flash_attention_2"  # set_attn_implementation wants the package
-    with torch.no_grad(), adsc.compress(network, SCHEDULE):
-        assert difference(network(**made.inputs).logits, expected, kept[-1]) <= 1e-5
-        assert torch.equal(network.generate(**made.inputs, **greedy), tokens)
-        if name == "single":  # a second turn, where lengths of keys and queries differ
-            cache = DynamicCache(config=decoder.config)
-            half = made.inputs["input_ids"].shape[1] - 3
-            first = {k: v[:, :half] if k in ("input_ids", "mm_token_type_ids") else v for k, v in made.inputs.items()}
-            first.pop("attention_mask")
-            network(**first, past_key_values=cache)
-            positions = None
-            if family == "qwen2_5_vl":
-                positions = network.model.get_rope_index(**{**made.inputs, "pixel_values": None})[0][..., half:]
-            second = network(
-                input_ids=made.inputs["input_ids"][:, half:], past_key_values=cache, position_ids=positions
-            )
-            assert (second.logits[0] - expected[0, half:]).abs().max() <= 1e-5
-    assert flash.calls > 0
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_sequences_are_refused_with_flash_attention(family, monkeypatch):
-    """There the layers read them off position ids, or off lengths, that those of a reduced stage do not have."""
-    network, made = copy.deepcopy(model(family)), case(family, "no_mask")
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", Flash())
-    network.get_decoder().config._attn_implementation = "flash_attention_2"
-    length = made.inputs["input_ids"].shape[1]
-    packed = torch.cat((torch.arange(length - 4), torch.arange(4)))[None]
-    plain = torch.arange(length)[None]
-    if TINY[family].axes == 3:
-        packed, plain = packed.expand(4, 1, -1), plain.expand(4, 1, -1)
-    ends = torch.tensor([0, length - 4, length], dtype=torch.int32)
-    with torch.no_grad(), adsc.compress(network, SCHEDULE) as handle:
-        for wrong in ({"position_ids": packed}, {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}):
-            with pytest.raises(adsc.InputError, match="packed sequences"):
-                network(**made.inputs, **wrong)
-        assert handle.last_plans
-        network(**made.inputs, position_ids=plain)
 
 
 def test_plans_tell_what_was_kept():

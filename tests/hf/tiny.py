@@ -15,6 +15,9 @@ __all__ = ["IMAGE", "LAYERS", "TEXT", "TINY", "VIDEO", "VOCAB", "Image", "Tiny",
 
 SCHEDULE = "1:2/3,2:1/2,4:1/3"
 CORE = ["llava", "llava_next", "qwen2_5_vl"]  # one family of each kind goes through every test
+# Further kinds, for what may differ: windows and images that see both ways, DeepStack, tiles, markers inside images,
+# layers of two kinds of positions.
+KINDS = [*CORE, "gemma3", "qwen3_vl", "idefics3", "mistral3", "cohere2_vision"]
 
 
 @cache

@@ -64,11 +64,21 @@ class Reduced:
     """
 
     held: Held | None
+    expected = False  # whether the call in progress was laid out for what is held
 
     def __init__(self, layer: Any, held: Held) -> None:
         for name, value in vars(layer).items():
             setattr(self, name, value)
         self.held = held
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in keys and values, and return those to attend to."""
+        if self.held is not None and not self.expected:  # it would meet positions and masks of dense layers
+            raise InputError(
+                "the cache was reduced by a method that is not attached any more; attach it or start with a new cache"
+            )
+        self.expected = False
+        return super().update(*args, **kwargs)  # type: ignore[misc]
 
     @property
     def dropped(self) -> int:
@@ -121,14 +131,14 @@ class ReducedSlidingLayer(Reduced, hf.DynamicSlidingWindowLayer):
         return (window - 1 if seen >= window else seen) + query_length, max(seen - window + 1, 0)
 
 
-class ReducedStaticLayer(Reduced, hf.StaticLayer):
+class ReducedStatic(Reduced):
     """Allocated at its stage's own length; ``full`` is that of a dense one."""
 
     full: int
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the dense layer's keys."""
-        return self.max_cache_len + self.dropped, 0
+    def __init__(self, layer: Any, held: Held) -> None:
+        super().__init__(layer, held)
+        self.full = vars(layer).get("full", layer.max_cache_len)  # another length since it was allocated
 
     def reset(self) -> None:
         """Empty, and as long again as a dense one."""
@@ -136,21 +146,59 @@ class ReducedStaticLayer(Reduced, hf.StaticLayer):
         _resize(self, self.full)
 
 
-class ReducedStaticSlidingLayer(Reduced, hf.StaticSlidingWindowLayer):
-    """Allocated at the length of the window."""
+class ReducedStaticLayer(ReducedStatic, hf.StaticLayer):
+    """Holds every token that it was given."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the dense layer's keys."""
-        seen, window = self.get_seq_length(), self.max_cache_len
+        return self.full, 0
+
+
+class ReducedStaticSlidingLayer(ReducedStatic, hf.StaticSlidingWindowLayer):
+    """Holds no more than a window of the tokens it was given."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the dense layer's keys."""
+        seen, window = self.get_seq_length(), self.full
         length = seen + query_length - (seen >= window) * (seen - window + 1)
         return max(length, window), max(seen - window + 1, 0)
 
 
-class ReducedQuantoLayer(Reduced, hf.QuantoQuantizedLayer):
+class ReducedQuantized(Reduced):
+    """Its quantized part can grow, but be neither cut nor, in every version of transformers, picked from."""
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens."""
+        if tokens_to_remove:
+            self._refuse("cropped")
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Pick and repeat rows."""
+        if super(Reduced, self).reorder_cache.__func__ is hf.CacheLayerMixin.reorder_cache:  # type: ignore[misc]
+            self._refuse("reordered by beam search in this version of transformers")
+        super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Pick rows."""
+        self._refuse("picked from")
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat rows."""
+        self._refuse("repeated")
+        super().batch_repeat_interleave(repeats)
+
+    def _refuse(self, what: str) -> None:
+        if self.held is not None:
+            raise InputError(f"a quantized cache cannot be {what}; use a dynamic one")
+
+
+class ReducedQuantoLayer(ReducedQuantized, hf.QuantoQuantizedLayer):
     """Quantized by optimum-quanto."""
 
 
-class ReducedHQQLayer(Reduced, hf.HQQQuantizedLayer):
+class ReducedHQQLayer(ReducedQuantized, hf.HQQQuantizedLayer):
     """Quantized by HQQ."""
 
 
@@ -163,6 +211,12 @@ LAYERS: dict[type, type] = {
     hf.QuantoQuantizedLayer: ReducedQuantoLayer,
     hf.HQQQuantizedLayer: ReducedHQQLayer,
 }
+if hasattr(hf, "Fp8QuantizedLayer"):  # not in the oldest transformers
+
+    class ReducedFp8Layer(ReducedQuantized, hf.Fp8QuantizedLayer):
+        """Quantized to 8-bit floating point."""
+
+    LAYERS[hf.Fp8QuantizedLayer] = ReducedFp8Layer
 
 
 def check(cache: Any) -> None:
@@ -173,7 +227,7 @@ def check(cache: Any) -> None:
     UnsupportedModelError
         With what can be used instead.
     """
-    kinds = {type(layer) for layer in cache.layers} - LAYERS.keys() - set(LAYERS.values())
+    kinds = {type(layer) for layer in getattr(cache, "layers", ())} - LAYERS.keys() - set(LAYERS.values())
     if type(cache) not in CACHES or kinds:
         names = " and ".join(sorted(kind.__name__ for kind in kinds))
         raise UnsupportedModelError(
@@ -189,11 +243,22 @@ def held(cache: Any, layer: int) -> Held | None:
     return getattr(cache.layers[layer], "held", None)
 
 
-def allocate(layer: Any, dropped: int) -> None:
+def expect(layer: Any) -> None:
+    """Before a call that was laid out for what a layer holds."""
+    if isinstance(layer, Reduced):
+        layer.expected = True
+
+
+def allocate(cache: Any, index: int, dropped: int) -> None:
     """Before the first call: size a static layer for a stage that drops so many tokens."""
-    if isinstance(layer, hf.StaticLayer) and not layer.is_sliding:
-        layer.full = layer.max_cache_len  # type: ignore[attr-defined]
-        _resize(layer, layer.max_cache_len - dropped)
+    layer = cache.layers[index]
+    if isinstance(layer, hf.StaticLayer):
+        layer.full = full = vars(layer).get("full", layer.max_cache_len)  # type: ignore[attr-defined]
+        if layer.is_sliding:  # how long the cache may become only the others know
+            others = [vars(x).get("full", x.max_cache_len) for x in cache.layers if not x.is_sliding]
+            _resize(layer, min(full, *(length - dropped for length in others)) if others else full)
+        else:
+            _resize(layer, full - dropped)
 
 
 def _resize(layer: Any, length: int) -> None:
@@ -209,9 +274,9 @@ def reduce(cache: Any, index: int, held: Held) -> None:
         cache.layers[index] = LAYERS[type(layer)](layer, held)
 
 
-def kind(layer: Any) -> tuple[type, int | None]:
+def kind(layer: Any) -> tuple[type, int | None, int | None]:
     """What layers must have in common to meet the same keys."""
-    return type(layer), getattr(layer, "sliding_window", None)
+    return type(layer), getattr(layer, "sliding_window", None), getattr(layer, "max_cache_len", None)
 
 
 def present(layer: Any, given: Tensor, width: int, end: int) -> tuple[Tensor, int]:

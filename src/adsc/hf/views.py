@@ -230,6 +230,7 @@ def continue_call(extent: Extent, cache: Any, num_layers: int, real: Callable[[]
             if held.compact:
                 parts[held].renumber(real())
         layer = cache.layers[index]
+        caches.expect(layer)
         key = held, caches.kind(layer)
         if key not in views:
             views[key] = View(parts[held], layer, layer.get_mask_sizes(extent.tokens))
@@ -263,8 +264,9 @@ def plan_call(extent: Extent, cache: Any, chosen: Sequence[Chosen | None], numbe
         if cache is not None and index < len(cache.layers):
             layer = cache.layers[index]
             seen = layer.get_mask_sizes(extent.tokens)
+            caches.expect(layer)
             if picked is not None and extent.past == 0:
-                caches.allocate(layer, extent.tokens - picked.rows.shape[1])
+                caches.allocate(cache, index, extent.tokens - picked.rows.shape[1])
         key = picked, held, caches.kind(layer)
         if key not in views:
             views[key] = View(parts[picked, held], layer, seen)
