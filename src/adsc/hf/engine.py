@@ -53,8 +53,10 @@ class _Planned:
         """Every row so many times in a row, as beams and samples need it."""
         if times == 1:
             return self
-        rows = ([item for item in items for _ in range(times)] for items in (self.real, self.rows, self.plans))
-        return _Planned(*rows, self.tokens, self.device)
+        real, rows, plans = (
+            [item for item in items for _ in range(times)] for items in (self.real, self.rows, self.plans)
+        )
+        return _Planned(real, rows, plans, self.tokens, self.device)  # type: ignore[arg-type]
 
 
 class _State:
@@ -504,7 +506,7 @@ def attach(model: Any, method: Schedule | ADSCConfig | Method | str) -> Handle:
     compiled = model if isinstance(model, torch._dynamo.OptimizedModule) else None
     inner = model if compiled is None else compiled._orig_mod
     if hasattr(inner, "get_base_model"):  # PEFT
-        inner = inner.get_base_model()
+        inner = inner.get_base_model()  # type: ignore[operator]
     if not isinstance(inner, PreTrainedModel):
         raise InputError(f"a {type(model).__name__} is not a transformers model; give what from_pretrained returns")
     for module in inner.modules():
