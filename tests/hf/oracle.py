@@ -5,6 +5,7 @@ Written without the engine: it knows the kept positions from :func:`adsc.plan` a
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -70,7 +71,9 @@ def masked_dense(model, inputs: dict, kept: Kept, axes: int | None = None) -> to
             kwargs["attention_mask"] = mask
             if axes and layer >= 1:
                 shape = ranks if axes == 1 else ranks.expand(axes, -1, -1)
-                kwargs["position_embeddings"] = decoder.rotary_emb(args[0], position_ids=shape)
+                kinds = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+                kind = {"layer_type": decoder.config.layer_types[layer]} if kinds else {}
+                kwargs["position_embeddings"] = decoder.rotary_emb(args[0], position_ids=shape, **kind)
             return args, kwargs
 
         return swap

@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, modeling_flash_at
 import adsc
 
 from .oracle import decoder_of, difference, kept_positions, masked_dense
-from .test_cache import grown, longer
+from .test_cache import OLD, grown, longer
 from .tiny import CASES, CORE, KINDS, LAYERS, SCHEDULE, TINY, Batch, batch, case, model
 
 # What transformers calls create_block_mask with.
@@ -158,6 +158,8 @@ def test_flex_attention_is_exact(family, name):
 @pytest.mark.parametrize("family", ["llava", "gemma3", "cohere2_vision"])
 def test_flex_attention_in_a_second_turn(family):
     """With padding of two kinds: in the inputs, and of rows that kept fewer tokens. An image comes in one row only."""
+    if OLD and family == "gemma3":
+        pytest.skip("this version takes no token_type_ids on a cache")
     network, image = model(family), TINY[family].images[0]
     turns = [batch(family, [[3, image, 5], [9]]), batch(family, [[4], [2, image, 3]], seed=1)]
     masks = torch.cat([made.inputs["attention_mask"] for made in turns], 1)

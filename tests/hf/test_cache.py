@@ -13,7 +13,24 @@ from transformers import DynamicCache
 import adsc
 
 from .oracle import attention, kept_positions, masked_dense
-from .tiny import CORE, IMAGE, LAYERS, SCHEDULE, TEXT, TINY, Batch, batch, case, model, one_row
+from .tiny import (
+    CORE,
+    IMAGE,
+    KINDS,
+    LAYERS,
+    SCHEDULE,
+    TEXT,
+    TEXTUAL,
+    TINY,
+    VOCAB,
+    WINDOWED,
+    Batch,
+    batch,
+    case,
+    joined,
+    model,
+    one_row,
+)
 
 FAMILIES = CORE
 OLD = Version(transformers.__version__) < Version("5.20")
@@ -88,6 +105,11 @@ def test_greedy_decoding_equals_recomputing(family, implementation, positions, n
     assert storage_tokens(out.past_key_values) == [length + STEPS - 1, *(n + STEPS - 1 for n in counts[1:])]
 
 
+def places(spans) -> list[list[int]]:
+    """Spans as positions, whatever form they come in."""
+    return [list(range(*span)) if isinstance(span, tuple) else list(map(int, span)) for span in spans]
+
+
 MODES = {
     "greedy": {"do_sample": False},
     "sampled": {"do_sample": True, "temperature": 2.0},
@@ -96,7 +118,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_without_cache_equals_with_it(family, mode):
     network, images = model(family), TINY[family].images
     rows = [[3, images[0], 5], [4, images[1], 2, images[2], 3], [9]]
@@ -104,17 +126,17 @@ def test_without_cache_equals_with_it(family, mode):
         rows = [[3, images[0], 5], [4, images[1], 3]]
     made = batch(family, rows)
     outputs = []
+    options = GREEDY | MODES[mode] | {"suppress_tokens": list(range(IMAGE, VOCAB))}  # no placeholders in the answer
     with adsc.compress(network, SCHEDULE) as handle:
         for use_cache in (True, False):
             torch.manual_seed(0)
-            outputs.append(network.generate(**made.inputs, **(GREEDY | MODES[mode]), use_cache=use_cache))
+            outputs.append(network.generate(**made.inputs, **options, use_cache=use_cache))
             layouts = [plan.layout for plan in handle.last_plans[:: 3 if mode == "beams" else 1]]
-            spans = [[(span[0], span[-1] + 1) for span in layout.spans] for layout in layouts]
-            assert spans == made.spans
+            assert [places(layout.spans) for layout in layouts] == [places(spans) for spans in made.spans]
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_several_samples_of_one_prompt(family):
     """They are those of a batch that holds the prompt as often."""
     network, images = model(family), TINY[family].images
@@ -134,11 +156,7 @@ def test_several_samples_of_one_prompt(family):
 def second_turn(family: str, first: Batch, items: list) -> tuple[Batch, dict]:
     """A second turn on its own, and both turns in one batch of inputs."""
     turn = batch(family, [items], seed=7)
-    whole = {}
-    for name in first.inputs | turn.inputs:
-        parts = [made.inputs[name] for made in (first, turn) if name in made.inputs]
-        whole[name] = torch.cat(parts, 1 if name in ("input_ids", "attention_mask", "mm_token_type_ids") else 0)
-    return turn, whole
+    return turn, joined([first, turn])
 
 
 def mrope(network, whole: dict) -> torch.Tensor:
@@ -149,8 +167,12 @@ def mrope(network, whole: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("new_image", [False, True], ids=["text", "new_image"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_two_turns_on_one_cache(family, implementation, new_image):
+    if family == "gemma3" and new_image:
+        pytest.skip("of an image on a cache, transformers itself hides a part from the other: the dense answers change")
+    if OLD and family == "gemma3":
+        pytest.skip("this version takes no token_type_ids on a cache")
     network, tiny = model(family), TINY[family]
     first = batch(family, [[4, tiny.images[0], 6]])
     turn, whole = second_turn(family, first, [3, tiny.images[2], 5] if new_image else [5])
@@ -158,7 +180,7 @@ def test_two_turns_on_one_cache(family, implementation, new_image):
     kept_first = kept_positions(first)
     kept = [[a[0] + [past + place for place in b[0]]] for a, b in zip(kept_first, kept_positions(turn), strict=True)]
     expected = masked_dense(network, whole, kept)
-    positions = mrope(network, whole) if family == "qwen2_5_vl" else None
+    positions = mrope(network, whole) if TINY[family].axes == 3 else None
     both = dict(turn.inputs, attention_mask=whole["attention_mask"])
     cache = DynamicCache(config=network.config.get_text_config())
     with attention(network, implementation), torch.no_grad(), adsc.compress(network, SCHEDULE) as handle:
@@ -171,31 +193,36 @@ def test_two_turns_on_one_cache(family, implementation, new_image):
         assert (handle.last_plans is not first_plans) == new_image
     seen = [place - past for place in kept[-1][0] if place >= past]
     assert (logits[0, seen] - expected[0, kept[-1][0]][-len(seen) :]).abs().max() <= 1e-5
-    assert [layer.keys.shape[-2] for layer in cache.layers] == longest(kept) == storage_tokens(cache)
-    for layer, was in zip(cache.layers, before, strict=True):
-        assert torch.equal(layer.keys[..., : was.shape[-2], :], was)
+    windows = [getattr(layer, "sliding_window", 10**6) - 1 for layer in cache.layers]
+    assert [layer.keys.shape[-2] for layer in cache.layers] == list(map(min, longest(kept), windows))
+    if family not in WINDOWED:
+        assert storage_tokens(cache) == longest(kept)
+        for layer, was in zip(cache.layers, before, strict=True):
+            assert torch.equal(layer.keys[..., : was.shape[-2], :], was)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [kind for kind in KINDS if kind != "gemma3"])  # see above
 def test_two_turns_in_a_ragged_batch(family, implementation):
     """The first turn leaves padding in the reduced caches, the second adds none, and then decoding goes on."""
     network, tiny = model(family), TINY[family]
     image = tiny.images[0]
     first = case(family, "text_beside_image")
     turn = batch(family, [[2, image, 3], [3, image, 2]], seed=7)
-    whole = {name: torch.cat((first.inputs[name], turn.inputs[name]), 1) for name in ("input_ids",)}
-    for name in first.inputs.keys() - {"input_ids", "mm_token_type_ids"}:  # images come row by row
+    whole = {}
+    for name in first.inputs.keys() - {"mm_token_type_ids"}:
         pixels, new = first.inputs[name], turn.inputs[name].split(first.inputs[name].shape[0])
-        whole[name] = torch.cat((pixels, *new))
-    whole["input_ids"] = torch.cat((whole["input_ids"], torch.tensor([[5], [6]])), 1)
+        whole[name] = torch.cat((pixels, *new), int(name in TEXTUAL))  # images come row by row
+    for name in whole.keys() & {*TEXTUAL}:
+        whole[name] = torch.nn.functional.pad(whole[name], (0, 1))
+    whole["input_ids"][:, -1] = torch.tensor([5, 6])
     past, new = (made.inputs["input_ids"].shape[1] for made in (first, turn))
     kept = [
         [[*a, *(past + place for place in b), past + new] for a, b in zip(*rows, strict=True)]
         for rows in zip(kept_positions(first), kept_positions(turn), strict=True)
     ]
     positions = [{}, {}, {}]
-    if family == "qwen2_5_vl":
+    if TINY[family].axes == 3:
         whole["mm_token_type_ids"] = (whole["input_ids"] == IMAGE).int()
         whole["attention_mask"] = torch.ones_like(whole["input_ids"])
         parts = mrope(network, whole).split([past, new, 1], -1)
@@ -313,14 +340,13 @@ def test_a_cache_that_was_reset_starts_anew():
         assert torch.equal(follow, network(input_ids=token, past_key_values=dense.past_key_values).logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [kind for kind in KINDS if kind not in WINDOWED])
 def test_the_text_after_an_image_may_be_cropped(family):
     """As assisted decoding does with rejected candidates that it fed in together with the prompt."""
     network, made = model(family), case(family, "single")
     ids, token = made.inputs["input_ids"], torch.tensor([[5]])
-    position = torch.full((3, 1, 1), 40) if family == "qwen2_5_vl" else None
-    text = ("input_ids", "attention_mask", "mm_token_type_ids")
-    shorter = {name: value[:, :-4] if name in text else value for name, value in made.inputs.items()}
+    position = torch.full((3, 1, 1), 40) if TINY[family].axes == 3 else None
+    shorter = {name: value[:, :-4] if name in TEXTUAL else value for name, value in made.inputs.items()}
     with torch.no_grad(), adsc.compress(network, SCHEDULE):
         cache = network(**made.inputs).past_key_values
         cache.crop(-4)

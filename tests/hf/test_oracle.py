@@ -9,7 +9,7 @@ import transformers
 import adsc
 
 from .oracle import TOLERANCE, attention, difference, kept_positions, masked_dense, shifted
-from .tiny import CASES, CORE, IMAGE, SCHEDULE, TEXT, TINY, Image, Tiny, batch, case, model, one_row
+from .tiny import CASES, CORE, IMAGE, KINDS, SCHEDULE, TEXT, TINY, Image, Tiny, batch, case, model, one_row
 
 FAMILIES = CORE
 DTYPES = [torch.float32, torch.float64]
@@ -46,13 +46,13 @@ def test_reduced_equals_masked_dense(family, implementation, dtype, name):
 
 
 @pytest.mark.parametrize("name", ["single", "left_padding", "text_beside_image"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_compact_positions(family, name):
     check(family, case(family, name), torch.float32, positions="compact")
 
 
 @pytest.mark.parametrize("pattern", ["first", "random"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_patterns(family, pattern):
     check(family, case(family, "several_images"), torch.float32, pattern=pattern)
 
@@ -76,7 +76,7 @@ def test_every_frame_of_a_video_is_a_span():
     check("qwen2_5_vl", video, torch.float32)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_a_schedule_that_begins_late_and_one_that_drops_almost_all(family):
     check(family, case(family, "left_padding"), torch.float32, schedule="5:1/2")
     check(family, case(family, "left_padding"), torch.float32, schedule="1:1/100")
@@ -94,7 +94,7 @@ def test_shifting_one_kept_index_fails_the_oracle(family, implementation):
     assert difference(reduced, expected, common) >= 100 * TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_full_length_outside_with_zeros_where_dropped(family):
     made, network = case(family, "right_padding"), model(family)
     kept = kept_positions(made)[-1]
@@ -109,7 +109,7 @@ def test_full_length_outside_with_zeros_where_dropped(family):
         assert (hidden[row, places] != 0).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_batch_equals_one_by_one(family):
     network, made = model(family), case(family, "left_padding")
     images = [0, 1, 3, 3]  # the rows hold images 0; 1 and 2; none
@@ -122,7 +122,8 @@ def test_batch_equals_one_by_one(family):
             assert difference(together[row : row + 1, places], logits, [range(len(places))]) <= 1e-5
             if made.spans[row]:
                 assert handle.last_plans[0].layout == plans[row].layout
-                assert [(span[0], span[-1] + 1) for span in plans[row].layout.spans] == made.spans[row]
+                spans = [list(range(*span)) if isinstance(span, tuple) else span for span in made.spans[row]]
+                assert [span.tolist() for span in plans[row].layout.spans] == spans
         assert handle.last_plans == []  # the latest prefill was text alone
 
 

@@ -13,11 +13,13 @@ from .zoo.spec import IMAGE, LAYERS, TEXT, VIDEO, VOCAB, Image, Tiny, clip
 
 __all__ = ["IMAGE", "LAYERS", "TEXT", "TINY", "VIDEO", "VOCAB", "Image", "Tiny", "clip"]
 
+TEXTUAL = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # inputs that tokens have each
 SCHEDULE = "1:2/3,2:1/2,4:1/3"
 CORE = ["llava", "llava_next", "qwen2_5_vl"]  # one family of each kind goes through every test
 # Further kinds, for what may differ: windows and images that see both ways, DeepStack, tiles, markers inside images,
 # layers of two kinds of positions.
 KINDS = [*CORE, "gemma3", "qwen3_vl", "idefics3", "mistral3", "cohere2_vision"]
+WINDOWED = ("gemma3", "cohere2_vision")  # those of them whose caches forget
 
 
 @cache
@@ -42,11 +44,14 @@ class Batch:
         padding not counted.
     real
         Of each row the positions that are not padding.
+    images
+        All of them, in their order.
     """
 
     inputs: dict[str, torch.Tensor]
     spans: list[list[tuple[int, int] | list[int]]]
     real: list[list[int]]
+    images: list[Image]
 
 
 def _span(places: list[int]) -> tuple[int, int] | list[int]:
@@ -97,7 +102,7 @@ def batch(
         inputs |= {name: value.to(dtype) if value.is_floating_point() else value for name, value in pixels.items()}
     if tiny.extra is not None:
         inputs |= tiny.extra(inputs["input_ids"])
-    return Batch(inputs, spans, real)
+    return Batch(inputs, spans, real, images)
 
 
 # Every shape of batch: rows, side of the padding, and whether an attention mask is given.
@@ -120,16 +125,31 @@ def case(family: str, name: str, dtype: torch.dtype = torch.float32, seed: int =
     return batch(family, rows(*tiny.images, length), dtype, side, seed, mask)
 
 
+def joined(turns: list[Batch]) -> dict[str, torch.Tensor]:
+    """The inputs of a conversation in one, from those of its turns; their images one after another."""
+    whole = {}
+    for name in {name for made in turns for name in made.inputs}:
+        parts = [made.inputs[name] for made in turns if name in made.inputs]
+        text = name in TEXTUAL
+        if not text and parts[0].ndim == 4:  # images of different size, padded
+            height, width = (max(part.shape[axis] for part in parts) for axis in (2, 3))
+            parts = [torch.nn.functional.pad(x, (0, width - x.shape[3], 0, height - x.shape[2])) for x in parts]
+        whole[name] = torch.cat(parts, int(text))
+    return whole
+
+
 def one_row(family: str, made: Batch, row: int, first: int, last: int) -> dict[str, torch.Tensor]:
     """One row of a batch on its own, without padding; its images are those from ``first`` to ``last``."""
     inputs = {}
+    # Along their first dimension pixels have images, tiles of images, or patches of images.
+    counts = [[1] * len(made.images), [len(TINY[family].tokens(image)) for image in made.images]]
+    if "image_grid_thw" in made.inputs:
+        counts.append(made.inputs["image_grid_thw"].prod(1).tolist())
     for name, value in made.inputs.items():
-        if name in ("input_ids", "mm_token_type_ids"):
+        if name in TEXTUAL:
             inputs[name] = value[row : row + 1, made.real[row]]
-        elif name == "pixel_values" and family == "qwen2_5_vl":
-            patches = made.inputs["image_grid_thw"].prod(1).tolist()
-            inputs[name] = value[sum(patches[:first]) : sum(patches[:last])]
-        elif name != "attention_mask":
-            inputs[name] = value[first:last]
-    text = ("input_ids", "mm_token_type_ids")
-    return inputs if last > first else {name: value for name, value in inputs.items() if name in text}
+        elif last > first:
+            each = next(each for each in counts if sum(each) == len(value))
+            inputs[name] = value[sum(each[:first]) : sum(each[:last])]
+    inputs.pop("attention_mask", None)
+    return inputs
