@@ -205,19 +205,17 @@ def test_beams_on_a_static_cache():
         assert torch.equal(network.generate(**made.inputs, **options, cache_implementation="static"), expected)
 
 
+PROMPTS = [[[9]], [[3, True, 5]], [[1]]], [[[30]], [[1]]], [[[4, True, 3, True, 2]], [[1]]], [[[1, True, 1]]]
+
+
+@pytest.mark.parametrize("first", [0, -1], ids=["text_first", "image_first"])
 @pytest.mark.parametrize("family", ["llava", "gemma3", "mistral"])
-def test_a_static_cache_is_used_again(family):
-    """After a reset it serves another prompt, and allocates what that one needs; also when text came first."""
+def test_a_static_cache_is_used_again(family, first):
+    """After a reset it serves another prompt, and allocates what that one needs."""
     network = network_of(family)
     cache = static(network)
-    longer_and_shorter = (
-        ([[9]], [[3, True, 5]], [[1]]),
-        ([[4, True, 3, True, 2]], [[1]]),
-        ([[30]], [[1]]),
-        ([[1, True, 1]],),
-    )
-    for turns in longer_and_shorter:
-        made, bounds, kept = conversation(family, list(turns))
+    for turns in PROMPTS if first == 0 else PROMPTS[::-1]:
+        made, bounds, kept = conversation(family, turns)
         with torch.no_grad():
             expected = expected_of(network, made, kept)
             with adsc.compress(network, SCHEDULE):
