@@ -12,9 +12,11 @@ import transformers
 from packaging.version import Version
 
 import adsc
+from adsc.pocket import MODEL_FOLDER
+from adsc.pocket.scenes import render, scene
 
-from .oracle import attention, difference, kept_positions, masked_dense
-from .tiny import CORE, KINDS, LAYERS, SCHEDULE, TINY, WINDOWED, batch, case, model
+from .oracle import attention, decoder_of, difference, kept_positions, masked_dense
+from .tiny import CORE, KINDS, LAYERS, SCHEDULE, TINY, WINDOWED, Batch, batch, case, model
 
 FAMILIES = CORE
 
@@ -216,3 +218,123 @@ def test_some_hidden_states_alone():
         some = network.model(**made.inputs, output_hidden_states=[2, 5]).hidden_states
     for index, (state, expected) in enumerate(zip(some, whole, strict=True)):
         assert state is None if index not in (2, 5) else torch.equal(state, expected)
+
+
+def embedded(network, made: Batch) -> dict[str, torch.Tensor]:
+    """The same inputs as embeddings, with which nothing tells where the vision tokens are."""
+    found = {}
+
+    def note(module, args, kwargs):
+        found.update(inputs_embeds=kwargs["inputs_embeds"].clone(), position_ids=kwargs.get("position_ids"))
+
+    hook = decoder_of(network).register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        network(**made.inputs)
+    hook.remove()
+    kept = {name: made.inputs[name] for name in ("attention_mask", "token_type_ids") if name in made.inputs}
+    return {name: value for name, value in (found | kept).items() if value is not None}
+
+
+def forms_of(made: Batch) -> dict[str, object]:
+    """The spans of a batch in every form that ``handle.planned`` takes, padding counted."""
+    spans = [
+        [[real[i] for i in (range(*span) if isinstance(span, tuple) else span)] for span in row]
+        for row, real in zip(made.spans, made.real, strict=True)
+    ]
+    numbers = torch.zeros_like(made.inputs["input_ids"])
+    for row, found in enumerate(spans):
+        for number, places in enumerate(found):
+            numbers[row, places] = 7 - number  # any numbers, in any order
+    pairs = [[(places[0], places[-1] + 1) for places in row] for row in spans]
+    return {"positions": spans, "pairs": pairs, "numbers": numbers, "boolean": numbers > 0}
+
+
+@pytest.mark.parametrize("form", ["positions", "pairs", "numbers", "boolean"])
+@pytest.mark.parametrize("name", ["several_images", "left_padding", "right_padding"])
+@pytest.mark.parametrize("family", [*CORE, "gemma3", "mistral3"])
+def test_embeddings_with_spans(family, name, form):
+    if family == "mistral3" and form in ("pairs", "boolean"):
+        pytest.skip("markers stand inside its images")
+    if form == "boolean" and name == "several_images":
+        pytest.skip("images that touch are one run, unless they are numbered")
+    network, made = model(family), case(family, name)
+    kept, inputs = kept_positions(made), embedded(network, made)
+    expected = masked_dense(network, made.inputs, kept)
+    with torch.no_grad(), adsc.compress(network, SCHEDULE) as handle:
+        with handle.planned(inputs, forms_of(made)[form]):
+            logits = network(**inputs).logits
+        assert difference(logits, expected, kept[-1]) <= 1e-5
+        with pytest.raises(adsc.InputError, match="may hide vision tokens"):  # outside the block
+            network(**inputs)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "gemma3", "mistral3"])
+def test_the_loss_of_embeddings_with_spans(family):
+    network, made = model(family), case(family, "left_padding")
+    inputs, labels = embedded(network, made), made.inputs["input_ids"]
+    with torch.no_grad(), adsc.compress(network, SCHEDULE) as handle:
+        expected = network(**made.inputs, labels=labels).loss
+        with handle.planned(inputs, forms_of(made)["numbers"]):
+            assert abs(network(**inputs, labels=labels).loss - expected) <= 1e-6
+    with torch.no_grad():
+        assert abs(network(**made.inputs, labels=labels).loss - expected) > 1e-3
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "idefics3", "mistral3"])
+def test_generating_from_embeddings_with_spans(family, beams):
+    network, made = model(family), batch(family, [[3, TINY[family].images[0], 5], [4, TINY[family].images[1], 3], [9]])
+    inputs = embedded(network, made)
+    inputs.pop("position_ids", None)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": beams}
+    with adsc.compress(network, SCHEDULE) as handle:
+        expected = network.generate(**made.inputs, **options)[:, -6:]
+        with handle.planned(inputs, forms_of(made)["positions"]):
+            assert torch.equal(network.generate(**inputs, **options), expected)
+            assert len(handle.last_plans) == 3 * beams
+    assert not torch.equal(network.generate(**inputs, **options), expected)
+
+
+def test_spans_that_do_not_fit():
+    network, made = model("llava"), case("llava", "left_padding")
+    padding = made.inputs["input_ids"].shape[1] - len(made.real[0])
+    with adsc.compress(network, SCHEDULE) as handle:
+        for spans, message in (
+            ([[(5, 9)]], "spans of 1 rows, but the inputs have 3"),
+            (torch.zeros(2, 9, dtype=torch.bool), "spans of 2 rows"),
+            ([[(padding - 1, padding + 3)], [], []], "outside its row or in its padding"),
+            ([[], [(3, 2 * len(made.real[1]))], []], "outside its row or in its padding"),
+            ([[], [], [(4, 4)]], "empty"),
+            ([[], [], [(40, 45), (44, 50)]], "share a position"),
+        ):
+            with pytest.raises(adsc.InputError, match=message), handle.planned(made.inputs, spans):
+                pass
+        with handle.planned(made.inputs):  # of another call nothing is known here
+            other = {"inputs_embeds": torch.zeros(1, 8, 48)}
+            with torch.no_grad(), pytest.raises(adsc.InputError, match="may hide vision tokens"):
+                network(**other)
+
+
+def test_the_pipeline_for_images_and_text():
+    """With the model in the box, whose answers are those of ``generate``."""
+    pipe = transformers.pipeline("image-text-to-text", model=str(MODEL_FOLDER))
+    images = [render(scene(seed)) for seed in (3, 4)]
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "how many things?"}]}]
+        for image in images
+    ]
+    options = {"max_new_tokens": 4, "do_sample": False}
+    with adsc.compress(pipe.model, "1:1/8") as handle:
+        together = [
+            out[0]["generated_text"] for out in pipe(text=chats, return_full_text=False, batch_size=2, **options)
+        ]
+        assert [plan.layout.vision_tokens for plan in handle.last_plans] == [
+            handle.last_plans[0].layout.vision_tokens
+        ] * 2
+        assert handle.last_plans[0].vision_tokens_per_layer()[-1] < handle.last_plans[0].layout.vision_tokens
+        for chat, answer in zip(chats, together, strict=True):
+            inputs = pipe.processor.apply_chat_template(
+                chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+            out = pipe.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+            assert pipe.processor.decode(out, skip_special_tokens=True) == answer
