@@ -70,6 +70,8 @@ def storage_tokens(cache: DynamicCache) -> list[int]:
     """Entries per row that each layer pays for, by the size of its storage."""
     held = []
     for layer in cache.layers:
+        if layer.keys is None:  # it shares those of another layer
+            continue
         for tensor in (layer.keys, layer.values):
             batch_size, heads, _, width = tensor.shape
             entry = batch_size * heads * width * tensor.element_size()

@@ -228,6 +228,7 @@ def check(cache: Any) -> None:
         With what can be used instead.
     """
     kinds = {type(layer) for layer in getattr(cache, "layers", ())} - LAYERS.keys() - set(LAYERS.values())
+    kinds -= {getattr(hf, "DummyLayer", None)}  # of layers that share the keys of others
     if type(cache) not in CACHES or kinds:
         names = " and ".join(sorted(kind.__name__ for kind in kinds))
         raise UnsupportedModelError(
@@ -270,7 +271,7 @@ def reduce(cache: Any, index: int, held: Held) -> None:
     layer = cache.layers[index]
     if isinstance(layer, Reduced):
         layer.held = held
-    else:
+    elif type(layer) in LAYERS:  # layers that share the keys of others have nothing to hold
         cache.layers[index] = LAYERS[type(layer)](layer, held)
 
 

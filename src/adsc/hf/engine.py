@@ -27,7 +27,7 @@ from ..methods import Method, as_method
 from ..planning import Plan
 from ..schedule import Ratio, Schedule
 from . import caches
-from .families import check_text, family_of, has_vision, layouts, real_positions, whole_until, windows
+from .families import check_text, family_of, has_vision, layouts, real_positions, sources, whole_until, windows
 from .views import Call, Extent, Ints, choose, continue_call, plan_call, remember
 
 KEYWORD = "adsc"  # under which a call travels from the decoder to its layers
@@ -113,6 +113,7 @@ class Handle:
         self.num_layers = len(self._decoder.layers)
         self._whole_until = whole_until(model.config)
         self._windows = windows(self._decoder.config)
+        self._sources = sources(self._decoder.config)
         self._parameters = list(inspect.signature(type(self._decoder.layers[0]).forward).parameters)[1:]
         self._others = [name for name in self._parameters if name not in SWAPPED]
         self._check(method)
@@ -217,6 +218,13 @@ class Handle:
 
     def _check(self, method: Method) -> None:
         method.validate(self.num_layers)
+        shared = min((source for layer, source in enumerate(self._sources) if source != layer), default=self.num_layers)
+        last = method.plan(Layout(2, [(0, 1)]), self.num_layers).stages[-1].start
+        if last > shared:
+            raise UnsupportedModelError(
+                f"the last layers of {self.model.config.model_type} use the keys and values of layer {shared}, so they "
+                f"have to hold the same tokens; reduce at layers up to {shared}, not at {last}"
+            )
         rope = getattr(self._decoder.config, "rope_parameters", None) or {}
         if method.positions == "compact":
             rotary = [name for name, _ in self._decoder.named_children() if name.startswith("rotary")]
@@ -384,7 +392,7 @@ class Handle:
             self._check_length(extent)
             self._check_flash(inputs, planned, extent)
             numbered = _not_padding(inputs.get("attention_mask"), extent) if self._renumbers(cache) else None
-            inputs[KEYWORD] = plan_call(extent, cache, planned.chosen, numbered)
+            inputs[KEYWORD] = plan_call(extent, cache, planned.chosen, self._sources, numbered)
         else:
             extent = Extent(batch, width, past, tokens.device)
             self._check_call(cache)
@@ -392,7 +400,9 @@ class Handle:
             self._check_length(extent)
             self._check_flash(inputs, None, extent)
             real = partial(_not_padding, inputs.get("attention_mask"), extent)
-            inputs[KEYWORD] = continue_call(extent, cache, self.num_layers, real)
+            inputs[KEYWORD] = continue_call(extent, cache, self._sources, real)
+        if "logits_to_keep" in inputs and self._sources[-1] != self.num_layers - 1:
+            inputs["logits_to_keep"] = 0  # the decoder would leave tokens out where keys begin to be shared
         return (), inputs
 
     def _renumbers(self, cache: Any) -> bool:

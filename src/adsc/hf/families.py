@@ -507,9 +507,10 @@ def family_of(config: PreTrainedConfig) -> Family:
     served: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     if served is not None and not issubclass(served, GenerationMixin):
         raise UnsupportedModelError(f"{name} has no causal generation: its decoder does not answer token by token")
-    if getattr(text, "num_kv_shared_layers", None):
-        raise UnsupportedModelError(f"{name} shares keys and values between layers that would hold different tokens")
-    kinds = sorted({kind.__name__ for kind in map(type, DynamicCache(config=text).layers) if kind not in LAYERS})
+    if getattr(text, "altup_num_inputs", None):
+        raise UnsupportedModelError(f"{name} keeps several hidden states of each token (AltUp)")
+    layers = DynamicCache(config=text).layers[: text.num_hidden_layers - _shared(text)]
+    kinds = sorted({kind.__name__ for kind in map(type, layers) if kind not in LAYERS})
     if kinds:
         raise UnsupportedModelError(
             f"{name} has layers with {' and '.join(sorted(set(map(_reason, kinds))))} ({', '.join(kinds)}); "
@@ -578,6 +579,19 @@ def whole_until(config: PreTrainedConfig) -> int:
     indexes = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ()
     layers = [layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()]  # Granite, in front of these
     return max([len(indexes), *layers, *(getattr(config, "spatial_target_layers", None) or ())])
+
+
+def _shared(text: PreTrainedConfig) -> int:
+    """How many of the last layers use keys and values of earlier ones."""
+    return getattr(text, "num_kv_shared_layers", None) or 0
+
+
+def sources(text: PreTrainedConfig) -> list[int]:
+    """Of each decoder layer the one whose keys and values it attends to: itself, or the last before the sharing ones
+    that is of its kind."""
+    own = text.num_hidden_layers - _shared(text)
+    kinds = text.layer_types if _shared(text) else []
+    return [*range(own), *(own - 1 - kinds[:own][::-1].index(kind) for kind in kinds[own:])]
 
 
 def windows(text: PreTrainedConfig) -> list[int | None]:

@@ -209,18 +209,23 @@ class Call:
         self.reached = False  # set by the last layer: proof that the decoder hands keywords on
 
 
-def continue_call(extent: Extent, cache: Any, num_layers: int, real: Callable[[], Tensor]) -> Call:
+def continue_call(extent: Extent, cache: Any, sources: Sequence[int], real: Callable[[], Tensor]) -> Call:
     """Lay out a call that feeds text, or decodes, on a cache that was reduced before.
 
     Parameters
     ----------
+    sources
+        Of each layer the one whose keys it attends to: itself, unless these are shared.
     real
         Tells which positions of layer 0 are not padding, ``(batch, past + tokens)``.
     """
     parts: dict[Held, Part] = {}
     views: dict[object, View] = {}
     laid: list[View | None] = []
-    for index in range(num_layers):
+    for index, source in enumerate(sources):
+        if source != index:
+            laid.append(laid[source])
+            continue
         held = caches.held(cache, index)
         if held is None:
             laid.append(None)
@@ -238,20 +243,27 @@ def continue_call(extent: Extent, cache: Any, num_layers: int, real: Callable[[]
     return Call(laid, planned=False)
 
 
-def plan_call(extent: Extent, cache: Any, chosen: Sequence[Chosen | None], numbered: Tensor | None) -> Call:
+def plan_call(
+    extent: Extent, cache: Any, chosen: Sequence[Chosen | None], sources: Sequence[int], numbered: Tensor | None
+) -> Call:
     """Lay out a call with vision tokens.
 
     Parameters
     ----------
     chosen
         Of each layer the tokens that it is given, from :func:`choose`.
+    sources
+        Of each layer the one whose keys it attends to: itself, unless these are shared.
     numbered
         Which positions of layer 0 are not padding, ``(batch, past + tokens)``, when survivors are to be renumbered.
     """
     parts: dict[object, Part] = {}
     views: dict[object, View] = {}
     laid: list[View | None] = []
-    for index, picked in enumerate(chosen):
+    for index, (picked, source) in enumerate(zip(chosen, sources, strict=True)):
+        if source != index:
+            laid.append(laid[source])
+            continue
         held = caches.held(cache, index)
         if picked is None and held is None:
             laid.append(None)

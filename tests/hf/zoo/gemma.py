@@ -144,6 +144,9 @@ GEMMA4_TOKENS = {
 }
 
 
+SHARED_TYPES = [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding", "full", "full")]
+
+
 def build_gemma4(**options: Any) -> torch.nn.Module:
     text = gemma4_text(hidden_size_per_layer_input=8, vocab_size_per_layer_input=256, **options)
     vision = {
@@ -348,6 +351,13 @@ TINY = {
     # The large models: images are bidirectional blocks.
     "gemma4": Tiny(
         partial(build_gemma4, use_bidirectional_attention="vision", attention_k_eq_v=True),
+        framed,
+        partial(gemma4_pixels, 2),
+        **GEMMA4_IMAGES,
+    ),
+    # The last layer shares the keys and values of the one before it.
+    "gemma4-shared": Tiny(
+        partial(build_gemma4, num_kv_shared_layers=1, layer_types=SHARED_TYPES),
         framed,
         partial(gemma4_pixels, 2),
         **GEMMA4_IMAGES,
