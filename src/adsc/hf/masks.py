@@ -64,7 +64,7 @@ def stage_mask(
         Whether the kernel takes 2-D masks.
     """
     if isinstance(mask, BlockMask):
-        return _stage_block_mask(mask, rows, queries.shape[1], keys, offset, first)
+        return _stage_block_mask(mask, rows, queries.shape[1], keys, offset)
     hidden = keys < 0
     if mask is None:
         # Rows that keep different counts are padded on the left, so the stage needs a mask where the whole did not.
@@ -88,25 +88,19 @@ def stage_mask(
     return stage
 
 
-def _stage_block_mask(
-    mask: BlockMask, rows: Tensor | None, width: int, keys: Tensor, offset: int, first: int
-) -> BlockMask:
+def _stage_block_mask(mask: BlockMask, rows: Tensor | None, width: int, keys: Tensor, offset: int) -> BlockMask:
     """Flex attention asks by query, key and row: the answer is that of the whole mask for what stands there.
 
-    The answer reads two tensors and no numbers: the fewer a kernel depends on, the fewer need compiling.
+    The answer reads two tensors and no numbers: the fewer a kernel depends on, the fewer need compiling. A padding
+    query sees nothing, for which flex attention gives zeros.
     """
     whole, batch, device = mask.mask_mod, keys.shape[0], keys.device
-    slots = torch.arange(keys.shape[1], device=device) - first
-    rows = slots[first : first + width].expand(batch, -1) if rows is None else rows
-    # What no query sees is negative; a padding query has the number of its own key, and so sees itself.
-    rows = torch.where(rows < 0, -2 - slots[first : first + width], rows)
+    rows = torch.arange(width, device=device).expand(batch, -1) if rows is None else rows
     columns = keys - offset
-    unseen = (columns < 0) | (columns >= mask.seq_lengths[1])
-    columns = torch.where(unseen, torch.where(slots < 0, -1, -2 - slots), columns)
+    columns = columns.masked_fill((columns < 0) | (columns >= mask.seq_lengths[1]), -1)
 
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         row, column = rows[b, q], columns[b, k]
-        visible = (column >= 0) & whole(b, h, row.clamp(min=0), column.clamp(min=0))
-        return torch.where(row < 0, row == column, visible)
+        return (row >= 0) & (column >= 0) & whole(b, h, row.clamp(min=0), column.clamp(min=0))
 
     return create_block_mask(seen, B=batch, H=None, Q_LEN=width, KV_LEN=keys.shape[1], device=str(device))
