@@ -18,9 +18,10 @@ from transformers import DynamicCache, LlamaConfig
 import adsc
 from adsc.hf.families import family_of
 
-from .test_support import build_gemma4, smallest, with_sparse_layers
-from .test_unknown import Silent, UnknownConfig, Weighted
+from .test_support import smallest, with_sparse_layers
+from .test_unknown import Shrinking, Silent, Stacked, UnknownConfig, Weighted
 from .tiny import CORE, IMAGE, SCHEDULE, TEXT, Image, batch, case, clip, model
+from .zoo.gemma import build_gemma4
 
 
 def refuse(network, pattern):
@@ -213,7 +214,7 @@ def with_attention(family: str, implementation: str, **changed: Any) -> Any:
 
 @situation
 def shared_keys_and_values():
-    family_of(build_gemma4(num_kv_shared_layers=2).config)
+    adsc.attach(build_gemma4(num_kv_shared_layers=2), SCHEDULE)
 
 
 @situation
@@ -234,6 +235,7 @@ def no_list_of_layers():
 
 def llava_of(layer: type | None = None, decoder: type | None = None) -> torch.nn.Module:
     network = copy.deepcopy(model("llava"))
+    network.config.model_type = UnknownConfig.model_type
     network.model.language_model.__class__ = decoder or type(network.model.language_model)
     for each in network.model.language_model.layers:
         each.__class__ = layer or type(each)
@@ -251,6 +253,18 @@ def something_unknown_for_each_token():
 def no_keywords():
     with adsc.compress(llava_of(decoder=Silent), SCHEDULE) as handle:
         handle.model(**case("llava", "single").inputs)
+
+
+@situation
+def a_layer_that_drops_tokens():
+    with adsc.compress(llava_of(layer=Shrinking), SCHEDULE) as handle:
+        handle.model(**case("llava", "single").inputs)
+
+
+@situation
+def hidden_states_that_change_between_layers():
+    with adsc.compress(llava_of(decoder=Stacked), SCHEDULE) as handle:
+        handle.model(**case("llava", "text_beside_image").inputs)
 
 
 @situation

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ import adsc
 from adsc.hf.families import FAMILIES, family_of
 
 from .tiny import SCHEDULE, TINY, case, model
-from .zoo.gemma import build_gemma4
 from .zoo.glm import build_dots3_note, build_minimax_m3_vl
 
 ENCODER_DECODER = "encoder-decoder"
@@ -25,7 +23,7 @@ CROSS_ATTENTION = "cross-attention"
 NO_VISION_TOKENS = "no vision tokens in the sequence"
 LINEAR = "linear attention"
 INDEXER = "an indexer that picks keys"
-SHARED = "shares keys and values between layers"
+ALTUP = "several hidden states of each token"
 OWN_CACHE = "a cache of their own"
 NOT_CAUSAL = "no causal generation"
 
@@ -40,7 +38,7 @@ REFUSED = {
     **dict.fromkeys(("lfm2_vl", "lfm3_vl", "inkling_mm_model", "inkling2", "nemotron_h_omni"), LINEAR),
     **dict.fromkeys(("glm5_next", "qwen4_exp"), f"{INDEXER} and {LINEAR}"),
     **dict.fromkeys(("dots3_note", "mistral_large4"), INDEXER),
-    "gemma3n": SHARED,
+    "gemma3n": ALTUP,
     "unlimited_ocr": OWN_CACHE,
     "diffusion_gemma": NOT_CAUSAL,
 }
@@ -48,7 +46,7 @@ REFUSED = {
 NOTES = {
     "fast_vlm": "its vision tower comes from the package timm; another one stands in for it in the tests",
     "perception_lm": "its vision tower comes from the package timm; another one stands in for it in the tests",
-    "gemma4": "checkpoints whose last layers share keys and values (E2B, E4B) are refused",
+    "gemma4": "E2B and E4B reduce no later than at the layer whose keys and values their last layers use",
     "minimax_m3_vl": "layers with block-sparse attention (minimax_m3_sparse) are refused",
     "llama4": "sequences of 8192 tokens and more are refused: from there on it scales attention by position",
     "phi4_multimodal": "not mapped to AutoModelForImageTextToText by this version of transformers",
@@ -91,7 +89,6 @@ def with_sparse_layers():
 @pytest.mark.parametrize(
     ("name", "build", "words"),
     [
-        ("gemma4", partial(build_gemma4, num_kv_shared_layers=2), SHARED),
         ("minimax_m3_vl", with_sparse_layers, OWN_CACHE),
         ("dots3_note", build_dots3_note, INDEXER),
     ],

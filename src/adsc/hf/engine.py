@@ -27,7 +27,17 @@ from ..methods import Method, as_method
 from ..planning import Plan
 from ..schedule import Ratio, Schedule
 from . import caches
-from .families import check_text, family_of, has_vision, layouts, real_positions, sources, whole_until, windows
+from .families import (
+    FAMILIES,
+    check_text,
+    family_of,
+    has_vision,
+    layouts,
+    real_positions,
+    sources,
+    whole_until,
+    windows,
+)
 from .views import Call, Extent, Ints, choose, continue_call, plan_call, remember
 
 KEYWORD = "adsc"  # under which a call travels from the decoder to its layers
@@ -111,6 +121,7 @@ class Handle:
         self._family = family_of(model.config)
         self._decoder = _decoder(self._base)
         self.num_layers = len(self._decoder.layers)
+        self._known = model.config.model_type in FAMILIES
         self._whole_until = whole_until(model.config)
         self._windows = windows(self._decoder.config)
         self._sources = sources(self._decoder.config)
@@ -128,7 +139,7 @@ class Handle:
         for index, layer in enumerate(self._decoder.layers):
             enter, leave = partial(self._enter_layer, index), partial(self._leave_layer, index)
             self._hooks.append(layer.register_forward_pre_hook(enter, with_kwargs=True))
-            if index < self._whole_until:
+            if index < self._whole_until or not self._known:
                 self._hooks.append(layer.register_forward_hook(leave, with_kwargs=True, prepend=True))
         if compiled is not None:
             self._hooks += [
@@ -423,8 +434,13 @@ class Handle:
         if call is None:
             return None
         kwargs = {**kwargs, **dict(zip(self._parameters[1:], args[1:], strict=False))}
-        if index >= self._whole_until:  # it is needed once more when the layer is left
+        if index >= self._whole_until and self._known:  # if not, it is needed once more when the layer is left
             del kwargs[KEYWORD]
+        if call.output is not None and call.left == index - 1 and call.output != _state(args[0]):
+            raise UnsupportedModelError(
+                f"{type(self._decoder).__name__} changes hidden states between layers {index - 1} and {index}, where "
+                "it would have to know which tokens stayed"
+            )
         call.reached = call.reached or index == self.num_layers - 1
         view = call.views[index]
         if view is None:
@@ -452,9 +468,21 @@ class Handle:
     def _leave_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> Any:
-        """A layer behind which the decoder touches hidden states itself: it expects all of them."""
+        """A layer behind which the decoder touches hidden states itself: it expects all of them. In a family that
+        nobody described it must not touch them."""
         call: Call | None = kwargs.get(KEYWORD)
-        view = None if call is None else call.views[index]
+        if call is None:
+            return None
+        if index >= self._whole_until:
+            out = out[0] if isinstance(out, tuple) else out
+            if out.shape != args[0].shape:
+                raise UnsupportedModelError(
+                    f"{type(layer).__name__} makes {tuple(out.shape)} out of {tuple(args[0].shape)}; adsc serves "
+                    "layers that keep (batch, tokens, features)"
+                )
+            call.left, call.output = index, None if torch.compiler.is_compiling() else _state(out)
+            return None
+        view = call.views[index]
         return None if view is None or view.part.rows is None else view.part.restore(out)
 
     def _compact_rotary(self, index: int, hidden: Tensor, ranks: Tensor) -> Any:
@@ -565,6 +593,11 @@ def _shape(inputs: Mapping[str, Any]) -> tuple[int, int]:
 
 def _each(gather: Any, rotary: Any) -> Any:
     return tuple(map(gather, rotary)) if isinstance(rotary, tuple) else gather(rotary)
+
+
+def _state(x: Tensor) -> tuple[object, ...]:
+    """Tells whether a tensor is another one by now, or was changed in place (which inference mode does not count)."""
+    return x.shape, x.data_ptr(), None if x.is_inference() else x._version
 
 
 def _is_reduced(cache: Any) -> bool:

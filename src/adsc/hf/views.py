@@ -207,6 +207,8 @@ class Call:
     def __init__(self, views: list[View | None], planned: bool, compact: bool = False) -> None:
         self.views, self.planned, self.compact = views, planned, compact
         self.reached = False  # set by the last layer: proof that the decoder hands keywords on
+        self.left = 0  # where it is watched: the layer left last, and what tells its output
+        self.output: tuple[object, ...] | None = None
 
 
 def continue_call(extent: Extent, cache: Any, sources: Sequence[int], real: Callable[[], Tensor]) -> Call:
