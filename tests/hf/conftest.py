@@ -1,13 +1,24 @@
-"""``--support-table FILE`` writes the outcomes of the matrix (test_families.py, test_support.py) as a page."""
+"""``--support-table FILE`` writes the outcomes of the matrix (test_families.py, test_support.py) as a page.
+
+``--shift-kept-index FILE`` moves one kept vision token of every prompt to its dropped neighbour, in the engine alone, and
+writes which checks of the matrix noticed: a run of tests that are all to fail.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import transformers
+
+import adsc.methods.adsc
+from adsc.evaluation.record import store
+from adsc.planning import Plan
 
 # Test of test_families.py → head of its column.
 CHECKS = {
@@ -57,10 +68,41 @@ The lines are those of a type's default config, or of one as its checkpoints hav
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--support-table", metavar="FILE", type=Path, help="write the table of supported models")
+    parser.addoption("--shift-kept-index", metavar="FILE", type=Path, help="write which checks notice a shifted index")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[CELLS] = {}
+    if config.getoption("--shift-kept-index"):
+        right = adsc.methods.adsc.plan
+        adsc.methods.adsc.plan = lambda *args, **kwargs: shifted(right(*args, **kwargs))
+
+
+def shifted(plan: Plan) -> Plan:
+    """The same with one kept vision token of the last stage exchanged for the one before it, which was dropped."""
+    *stages, last = plan.stages
+    for span, kept in zip(plan.layout.spans, last.spans, strict=True):
+        places = np.searchsorted(span, kept)
+        free = [place for place in places if place > 0 and place - 1 not in places]
+        if free:
+            other = np.where(last.kept == span[free[0]], span[free[0] - 1], last.kept)
+            return replace(plan, stages=(*stages, replace(last, kept=np.sort(other))))
+    return plan
+
+
+def noticed(cells: Cells) -> dict[str, Any]:
+    """Of each check: in how many cells it failed, as it should, and those where it did not."""
+    checks = [check for check in CHECKS if check.startswith(("test_exact", "test_greedy"))]
+    found = {(name, check): counts for (name, check), counts in cells.items() if check in checks}
+    return {
+        "transformers": transformers.__version__,
+        "families": len({name for name, _ in found}),
+        "cells": sum(counts.total() for counts in found.values()),
+        "failed, as they should": {
+            check: sum(counts["failed"] for (_, other), counts in found.items() if other == check) for check in checks
+        },
+        "not noticed": sorted(f"{name} {check}" for (name, check), counts in found.items() if counts["passed"]),
+    }
 
 
 @pytest.hookimpl(wrapper=True)
@@ -78,6 +120,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--support-table")
     if path is not None:
         path.write_text(page(session.config.stash[CELLS]))
+    path = session.config.getoption("--shift-kept-index")
+    if path is not None:
+        figures = noticed(session.config.stash[CELLS])
+        store(path, {"one kept index shifted": figures}, command="make mutation")
+        session.exitstatus = 1 if figures["not noticed"] else 0
 
 
 def page(cells: Cells) -> str:
