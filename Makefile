@@ -4,7 +4,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-oldest support lint pocket clean
+.PHONY: demo test test-oldest support mutation overhead lint pocket clean
 
 demo: $(READY)  ## the model in the box answers questions, dense and reduced
 	$(VENV)/bin/adsc demo
@@ -18,6 +18,13 @@ test-oldest:  ## the engine's tests with the oldest transformers that is support
 support: $(READY)  ## the table of supported models, out of its tests
 	$(VENV)/bin/python -m pytest -q tests/hf/test_families.py tests/hf/test_support.py \
 		--support-table docs/support.md -k 'not test_the_table_is_that_of_these_tests'
+
+mutation: $(READY)  ## one kept index shifted: every check of the matrix has to fail
+	$(VENV)/bin/python -m pytest -q --tb=no tests/hf/test_families.py -k 'test_exact or test_greedy' \
+		--shift-kept-index results/mutation.json
+
+overhead: $(READY)  ## what an attached engine costs that drops nothing
+	$(VENV)/bin/python benchmarks/overhead.py
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

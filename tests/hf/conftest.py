@@ -1,7 +1,7 @@
 """``--support-table FILE`` writes the outcomes of the matrix (test_families.py, test_support.py) as a page.
 
-``--shift-kept-index FILE`` moves one kept vision token of every prompt to its dropped neighbour, in the engine alone, and
-writes which checks of the matrix noticed: a run of tests that are all to fail.
+``--shift-kept-index FILE`` moves one kept vision token of every prompt to its dropped neighbour, in the engine alone,
+and writes which checks of the matrix noticed: a run of tests that are all to fail.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def spans(tiny) -> str:
 
 
 def layers(network, axes: int) -> str:
-    from adsc.hf.families import whole_until, windows
+    from adsc.hf.decoders import whole_until, windows
 
     from .oracle import decoder_of
 

@@ -27,17 +27,9 @@ from ..methods import Method, as_method
 from ..planning import Plan
 from ..schedule import Ratio, Schedule
 from . import caches
-from .families import (
-    FAMILIES,
-    check_text,
-    family_of,
-    has_vision,
-    layouts,
-    real_positions,
-    sources,
-    whole_until,
-    windows,
-)
+from .decoders import decoder_of, sources, whole_until, windows
+from .families import FAMILIES, family_of
+from .spans import check_text, has_vision, layouts, real_positions, row_layout, spans_of_rows
 from .views import Call, Extent, Ints, choose, continue_call, plan_call, remember
 
 KEYWORD = "adsc"  # under which a call travels from the decoder to its layers
@@ -119,7 +111,7 @@ class Handle:
         self.model = model
         self._base = model.base_model
         self._family = family_of(model.config)
-        self._decoder = _decoder(self._base)
+        self._decoder = decoder_of(self._base)
         self.num_layers = len(self._decoder.layers)
         self._known = model.config.model_type in FAMILIES
         self._whole_until = whole_until(model.config)
@@ -205,7 +197,7 @@ class Handle:
         if spans is None:
             rows = layouts(self._family, self.model.config, inputs, real)
         else:
-            rows = [_row(places, found) for places, found in zip(real, _spans(spans, batch), strict=True)]
+            rows = [row_layout(places, found) for places, found in zip(real, spans_of_rows(spans, batch), strict=True)]
         before = self._thread.state.ahead
         self._thread.state.ahead = batch, self._plan(real, rows, inputs)
         try:
@@ -563,17 +555,6 @@ def compress(model: Any, method: Schedule | ADSCConfig | Method | str) -> Iterat
         handle.remove()
 
 
-def _decoder(base: nn.Module) -> Any:
-    decoder = base
-    while not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        inner: Any = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder  # type: ignore[operator]
-        inner = getattr(decoder, "model", decoder) if inner is decoder else inner
-        if inner is decoder:
-            raise UnsupportedModelError(f"{type(base).__name__} has no decoder with a list of layers to reduce at")
-        decoder = inner
-    return decoder
-
-
 def _named(forward: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a forward pass by name."""
     if not args:
@@ -610,25 +591,3 @@ def _not_padding(mask: Any, extent: Extent) -> Tensor:
     if not isinstance(mask, Tensor) or mask.shape != shape:
         return torch.ones(shape, dtype=torch.bool, device=extent.device)
     return mask.to(extent.device).bool()
-
-
-def _spans(spans: Sequence[Iterable[Any]] | Tensor, batch: int) -> list[list[Ints]]:
-    """The positions of every span of every row, padding counted."""
-    if len(spans) != batch:
-        raise InputError(f"spans of {len(spans)} rows, but the inputs have {batch}")
-    if not isinstance(spans, Tensor):
-        return [list(Layout(np.iinfo(np.int32).max, row).spans) for row in spans]
-    found: list[list[Ints]] = []
-    for row in spans.cpu().numpy():
-        if row.dtype == bool:
-            row = np.where(row, 1 + np.cumsum(np.diff(row.astype(int), prepend=0) == 1), 0)
-        found.append([np.flatnonzero(row == number) for number in np.unique(row[row != 0])])
-    return found
-
-
-def _row(real: Ints, spans: list[Ints]) -> Layout:
-    places = sorted((np.searchsorted(real, span) for span in spans), key=lambda span: int(span[0]))
-    for span, inside in zip(sorted(spans, key=lambda span: int(span[0])), places, strict=True):
-        if inside[-1] >= len(real) or (real[inside] != span).any():
-            raise InputError("a span lies outside its row or in its padding; give positions of the inputs")
-    return Layout(len(real), places)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 from math import isqrt, prod, sqrt
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -17,64 +16,10 @@ from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, DynamicCache, Gen
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from ..errors import InputError, UnsupportedModelError
-from ..layout import Layout
 from .caches import LAYERS
+from .decoders import shared_layers
+from .spans import Family, Frames, Inputs, Modality, check_whole
 from .views import Ints
-
-Inputs = Mapping[str, Any]
-Grid = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Frames:
-    """The vision tokens of one image or video: ``count`` frames (1 for an image) of ``tokens`` each."""
-
-    tokens: int
-    count: int = 1
-    grid: Grid | None = None
-
-
-@dataclass(frozen=True)
-class Modality:
-    """Images or videos.
-
-    Attributes
-    ----------
-    token
-        Field of the config with the placeholder id, dots for those of parts.
-    pixels
-        Keyword of the forward pass with the raw pixels.
-    encoded
-        Key of ``mm_encoder_outputs`` with the features that ``generate`` computed beforehand.
-    sizes
-        Placeholders of the whole batch, config and inputs → the frames of each image, from the raw inputs.
-    frames
-        The same for one image of known length, for features computed beforehand, out of its positions
-        ``(1 + axes, tokens)``: those in the sequence, then the rotary ones where they have several axes;
-        ``None`` where ``sizes`` needs the prompt alone.
-    """
-
-    token: str
-    pixels: str
-    encoded: str
-    sizes: Callable[[int, PreTrainedConfig, Inputs], list[Frames]]
-    frames: Callable[[int, Ints], Frames] | None
-
-
-@dataclass(frozen=True)
-class Family:
-    """One model type of transformers.
-
-    Attributes
-    ----------
-    modalities
-        Kinds of vision input that it takes.
-    axes
-        Axes of its rotary positions: 1, or 3 for M-RoPE.
-    """
-
-    modalities: tuple[Modality, ...]
-    axes: int = 1
 
 
 def _square(tokens: int, _: object = None) -> Frames:
@@ -230,7 +175,7 @@ def _marked_tiles(
 ) -> list[Frames]:
     # Text markers stand between tiles, and no input tells which tiles are one image's: each tile is a span.
     if inputs.get("pixel_values") is None:
-        _check_whole(inputs["mm_encoder_outputs"]["image"])
+        check_whole(inputs["mm_encoder_outputs"]["image"])
     here = (inputs["input_ids"] == config.image_token_id).cpu().numpy().astype(np.int8)
     edges = np.diff(np.pad(here, ((0, 0), (1, 1)))).ravel()
     lengths = np.flatnonzero(edges < 0) - np.flatnonzero(edges > 0)
@@ -250,7 +195,7 @@ _EQUAL = Family((Modality("image_token_id", "pixel_values", "image", _llava_imag
 def _run_frames(placeholders: int, config: PreTrainedConfig, inputs: Inputs) -> list[Frames]:
     # Text stands between all frames, and a frame may have lost any of its tokens: each is one run of placeholders.
     if inputs.get("pixel_values_videos") is None:
-        _check_whole(inputs["mm_encoder_outputs"]["video"])
+        check_whole(inputs["mm_encoder_outputs"]["video"])
     rows = np.pad(inputs["input_ids"].cpu().numpy() == config.video_token_id, ((0, 0), (1, 1)))
     edges = np.diff(rows.astype(np.int8))
     return [Frames(int(n)) for n in np.argwhere(edges < 0)[:, 1] - np.argwhere(edges > 0)[:, 1]]
@@ -509,7 +454,7 @@ def family_of(config: PreTrainedConfig) -> Family:
         raise UnsupportedModelError(f"{name} has no causal generation: its decoder does not answer token by token")
     if getattr(text, "altup_num_inputs", None):
         raise UnsupportedModelError(f"{name} keeps several hidden states of each token (AltUp)")
-    layers = DynamicCache(config=text).layers[: text.num_hidden_layers - _shared(text)]
+    layers = DynamicCache(config=text).layers[: text.num_hidden_layers - shared_layers(text)]
     kinds = sorted({kind.__name__ for kind in map(type, layers) if kind not in LAYERS})
     if kinds:
         raise UnsupportedModelError(
@@ -571,148 +516,3 @@ def _runs(
         f"{len(lengths)} runs of {placeholders} placeholders for {images} {what}s of {config.model_type}, of which "
         "adsc knows nothing more; put text between images and none inside, or say handle.planned(inputs, spans)"
     )
-
-
-def whole_until(config: PreTrainedConfig) -> int:
-    """Behind so many of the first decoder layers the decoder itself works on the hidden states of all tokens, to add
-    vision features to them (DeepStack)."""
-    indexes = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ()
-    layers = [layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()]  # Granite, in front of these
-    return max([len(indexes), *layers, *(getattr(config, "spatial_target_layers", None) or ())])
-
-
-def _shared(text: PreTrainedConfig) -> int:
-    """How many of the last layers use keys and values of earlier ones."""
-    return getattr(text, "num_kv_shared_layers", None) or 0
-
-
-def sources(text: PreTrainedConfig) -> list[int]:
-    """Of each decoder layer the one whose keys and values it attends to: itself, or the last before the sharing ones
-    that is of its kind."""
-    own = text.num_hidden_layers - _shared(text)
-    kinds = text.layer_types if _shared(text) else []
-    return [*range(own), *(own - 1 - kinds[:own][::-1].index(kind) for kind in kinds[own:])]
-
-
-def windows(text: PreTrainedConfig) -> list[int | None]:
-    """Of each decoder layer the sliding window (or chunk) of its attention; ``None`` for full attention."""
-    window = getattr(text, "sliding_window", None)
-    kinds = getattr(text, "layer_types", None) or ["sliding_attention" if window else ""] * text.num_hidden_layers
-    chunk = getattr(text, "attention_chunk_size", None)
-    return [{"sliding_attention": window, "chunked_attention": chunk}.get(kind) for kind in kinds]
-
-
-def has_vision(family: Family, inputs: Inputs) -> bool:
-    """Whether a call brings images or videos."""
-    return any(_features(kind, inputs) is not None for kind in family.modalities)
-
-
-def check_text(family: Family, config: PreTrainedConfig, ids: torch.Tensor) -> None:
-    """Refuse placeholders without features: the model would read them as words."""
-    for kind in family.modalities:
-        if (ids == attrgetter(kind.token)(config)).any():
-            raise InputError(f"the prompt holds placeholders ({kind.token}) but no {kind.pixels} came with it")
-
-
-def _features(kind: Modality, inputs: Inputs) -> Any:
-    encoded = (inputs.get("mm_encoder_outputs") or {}).get(kind.encoded)
-    if encoded is None and inputs.get(kind.pixels) is not None:
-        return inputs[kind.pixels] if len(inputs[kind.pixels]) else None
-    return encoded
-
-
-def real_positions(mask: object, batch: int, tokens: int, past: int = 0) -> list[Ints]:
-    """Of each row the positions of its last ``tokens`` that an attention mask does not mark as padding.
-
-    Parameters
-    ----------
-    mask
-        ``(batch, past + tokens)``; or ``(batch, 1, tokens, keys)``, as ``generate`` makes it for static caches, where
-        padding is what no query may look at; or a mask of each kind of layer.
-    """
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention")
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        rows = mask[:, -tokens:].bool()
-    elif isinstance(mask, torch.Tensor) and mask.ndim == 4:
-        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        rows = seen.any(1).any(1)[:, past : past + tokens].expand(batch, -1)
-    else:
-        return [np.arange(tokens)] * batch
-    found = [np.flatnonzero(row) for row in rows.cpu().numpy()]
-    return [row if len(row) else np.arange(tokens) for row in found]
-
-
-def layouts(family: Family, config: PreTrainedConfig, inputs: Inputs, real: Sequence[Ints]) -> list[Layout]:
-    """Where the vision tokens of each row are, in the row's own coordinates (padding not counted).
-
-    Parameters
-    ----------
-    inputs
-        Keywords of the base model's forward pass.
-    real
-        Of each row the positions that are not padding.
-
-    Raises
-    ------
-    InputError
-        When placeholders and features do not match, or the inputs lack what the family needs.
-    """
-    if inputs.get("input_ids") is None:
-        raise InputError("images came without input_ids, which tell where their vision tokens are; pass input_ids")
-    ids = inputs["input_ids"].cpu().numpy()
-    spans: list[list[tuple[Ints, Grid | None]]] = [[] for _ in ids]
-    for kind in family.modalities:
-        features = _features(kind, inputs)
-        if features is None:
-            continue
-        # Row-major, the order in which features are filled in.
-        where = np.argwhere(ids == attrgetter(kind.token)(config))
-        if torch.is_tensor(features) or kind.frames is None:
-            images = kind.sizes(len(where), config, inputs)
-        else:
-            images = _encoded_frames(kind.frames, features, where, inputs.get("position_ids"))
-        if sum(frames.tokens * frames.count for frames in images) != len(where):
-            raise InputError(
-                f"the prompts hold {len(where)} placeholders ({kind.token}), "
-                f"but the images have {sum(frames.tokens * frames.count for frames in images)} tokens"
-            )
-        if not images:  # SmolVLM takes an empty image beside text
-            continue
-        pieces = [(frames.tokens, frames.grid) for frames in images for _ in range(frames.count)]
-        for piece, (_, grid) in zip(np.split(where, np.cumsum([n for n, _ in pieces])[:-1]), pieces, strict=True):
-            row = piece[0, 0]
-            if row != piece[-1, 0]:
-                raise InputError(f"the tokens of one image are spread over rows {row} and {piece[-1, 0]} of the batch")
-            spans[row].append((piece[:, 1], grid))
-    return [_layout(places, found) for places, found in zip(real, spans, strict=True)]
-
-
-def _check_whole(features: Any) -> None:
-    if features.get("last_hidden_state") is None:
-        # Chunked prefill cuts images where the chunk ends, and no longer tells how many there are.
-        raise InputError("image features without last_hidden_state, as prefill_chunk_size makes them; leave it out")
-
-
-def _encoded_frames(
-    frames_of: Callable[[int, Ints], Frames], features: Any, where: Ints, positions: torch.Tensor | None
-) -> list[Frames]:
-    _check_whole(features)
-    encoded = getattr(features, "pooler_output", None)  # not always a field of the output's class
-    encoded = features.last_hidden_state if encoded is None else encoded
-    lengths = [prod(feature.shape[:-1]) for feature in encoded]
-    axes = positions[-3:].cpu().numpy() if positions is not None and positions.ndim == 3 else None
-    frames = []
-    for length, places in zip(lengths, np.split(where, np.cumsum(lengths)[:-1]), strict=True):
-        rotary = [] if axes is None else list(axes[:, places[:, 0], places[:, 1]])
-        frames.append(frames_of(length, np.stack([places[:, 1], *rotary])))
-    return frames
-
-
-def _layout(real: Ints, found: list[tuple[Ints, Grid | None]]) -> Layout:
-    found.sort(key=lambda span: int(span[0][0]))
-    spans = [np.searchsorted(real, places) for places, _ in found]
-    for span, (places, _) in zip(spans, found, strict=True):
-        if span[-1] >= len(real) or (real[span] != places).any():
-            raise InputError("the attention mask hides vision tokens; it may hide padding only")
-    return Layout(len(real), spans, [grid for _, grid in found])
