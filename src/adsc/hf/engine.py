@@ -222,7 +222,7 @@ class Handle:
     def _check(self, method: Method) -> None:
         method.validate(self.num_layers)
         shared = min((source for layer, source in enumerate(self._sources) if source != layer), default=self.num_layers)
-        last = method.plan(Layout(2, [(0, 1)]), self.num_layers).stages[-1].start
+        last = method.plan(Layout(2, [(0, 1)], [(1, 1)]), self.num_layers).stages[-1].start
         if last > shared:
             raise UnsupportedModelError(
                 f"the last layers of {self.model.config.model_type} use the keys and values of layer {shared}, so they "
