@@ -153,6 +153,24 @@ class Handle:
         return self._thread.state.plans
 
     @contextmanager
+    def using(self, method: Schedule | ADSCConfig | Method | str) -> Iterator[Handle]:
+        """Use another method, or another schedule, in this block, in this thread only.
+
+        Raises
+        ------
+        InputError
+            When the model lacks a layer of the schedule.
+        """
+        method = as_method(method)
+        self._check(method)
+        methods = self._thread.state.methods
+        methods.append(method)
+        try:
+            yield self
+        finally:
+            methods.pop()
+
+    @contextmanager
     def budget(self, retained: Ratio) -> Iterator[Handle]:
         """Use another budget in this block, in this thread only; ``handle.budget(1)`` is the dense model.
 
@@ -161,13 +179,8 @@ class Handle:
         InputError
             When no schedule reaches the budget (see :meth:`adsc.Schedule.for_budget`).
         """
-        method = self._method.for_budget(self.num_layers, retained)
-        self._check(method)
-        self._thread.state.methods.append(method)
-        try:
+        with self.using(self._method.for_budget(self.num_layers, retained)):
             yield self
-        finally:
-            self._thread.state.methods.pop()
 
     @contextmanager
     def planned(
