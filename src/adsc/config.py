@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
 from .planning import PATTERNS
-from .schedule import Schedule
+from .schedule import Schedule, fraction
 
 FILE_NAME = "adsc_config.json"
 VERSION = 1
@@ -32,17 +34,22 @@ class ADSCConfig:
         ``original``: kept tokens keep their position ids; ``compact``: the survivors of each stage are renumbered.
     seed
         Seed of the pattern ``random``.
+    budgets
+        The schedules that a model was trained with, by budget: a mapping or pairs, kept as pairs of fraction and
+        schedule, the largest budget first. :meth:`for_budget` takes them where there is one.
 
     Raises
     ------
     InputError
-        For an unknown pattern or positions, or a schedule that does not parse.
+        For an unknown pattern or positions, a schedule that does not parse, or a budget that is given twice or lies
+        outside (0, 1].
     """
 
     schedule: Schedule
     pattern: str = "last"
     positions: str = "original"
     seed: int = 0
+    budgets: tuple[tuple[Fraction, Schedule], ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.schedule, str):
@@ -55,10 +62,11 @@ class ADSCConfig:
             raise InputError(f"positions {self.positions!r} is unknown; choose one of {', '.join(POSITIONS)}")
         if type(self.seed) is not int or self.seed < 0:
             raise InputError(f"seed {self.seed!r} must be a whole number of at least 0")
+        object.__setattr__(self, "budgets", _budgets(self.budgets))
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON values, with type tag and version."""
-        return {
+        values: dict[str, Any] = {
             "type": "adsc",
             "version": VERSION,
             "schedule": str(self.schedule),
@@ -66,6 +74,9 @@ class ADSCConfig:
             "positions": self.positions,
             "seed": self.seed,
         }
+        if self.budgets:  # left out otherwise: versions that do not know it warn of it
+            values["budgets"] = {str(retained): str(schedule) for retained, schedule in self.budgets}
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ADSCConfig:
@@ -83,7 +94,7 @@ class ADSCConfig:
             raise InputError(f"version {version!r} of the adsc config must be a whole number of at least 1")
         if not isinstance(values.get("schedule"), str):
             raise InputError('the adsc config has no schedule; write it as text, like "schedule": "3:1/2,11:1/2"')
-        known = {"schedule", "pattern", "positions", "seed"}
+        known = {"schedule", "pattern", "positions", "seed", "budgets"}
         unknown = sorted(values.keys() - known - {"type", "version"})
         if unknown:
             warnings.warn(
@@ -133,6 +144,31 @@ class ADSCConfig:
         except ValueError as error:
             raise InputError(f"{path} is not valid JSON: {error}") from None
         return cls.from_dict(values)
+
+
+def _budgets(given: object) -> tuple[tuple[Fraction, Schedule], ...]:
+    """Budgets and their schedules, the largest first, from a mapping or pairs."""
+    pairs: Any = given.items() if isinstance(given, Mapping) else given
+    if not isinstance(pairs, Iterable) or isinstance(pairs, str):
+        raise InputError(f'budgets {given!r} is not a mapping; write it like {{"1/3": "3:1/2,11:1/2"}}')
+    read: dict[Fraction, Schedule] = {}
+    for pair in pairs:
+        if isinstance(pair, str) or len(pair) != 2:
+            raise InputError(f"{pair!r} of budgets is not a budget with its schedule")
+        retained, schedule = fraction(pair[0], "budget"), pair[1]
+        if isinstance(schedule, str):
+            schedule = Schedule.parse(schedule)
+        if not isinstance(schedule, Schedule):
+            raise InputError(f"the schedule {schedule!r} of budget {retained} is not one; write it like '3:1/2,11:1/2'")
+        if retained in read:
+            raise InputError(f"budget {retained} is given twice; give one schedule for each budget")
+        if (retained == 1) != (len(schedule) == 0):
+            raise InputError(
+                f"budget {retained} has the schedule {str(schedule)!r}; budget 1 is the dense model, whose schedule "
+                "is empty, and no other has an empty one"
+            )
+        read[retained] = schedule
+    return tuple(sorted(read.items(), key=lambda pair: pair[0], reverse=True))
 
 
 def _from_hub(name: str) -> Path:

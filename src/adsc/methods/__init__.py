@@ -58,7 +58,7 @@ def as_method(what: Schedule | ADSCConfig | Method | str) -> Method:
     if isinstance(what, (Schedule, str)):
         return ADSC(Schedule.parse(what) if isinstance(what, str) else what)
     if isinstance(what, ADSCConfig):
-        return ADSC(what.schedule, what.pattern, what.positions, what.seed)
+        return ADSC(what.schedule, what.pattern, what.positions, what.seed, what.budgets)
     raise InputError(f"{what!r} is not a way to reduce; give a Schedule, an ADSCConfig or a method of adsc.methods")
 
 

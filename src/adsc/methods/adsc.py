@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ..config import ADSCConfig
 from ..layout import Layout
 from ..planning import Plan, plan
-from ..schedule import Ratio, Schedule
+from ..schedule import Ratio, Schedule, fraction
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,16 @@ class ADSC(ADSCConfig):
         return len(self.schedule) > 0
 
     def validate(self, num_layers: int) -> None:
-        """Raise :class:`adsc.InputError` when the schedule names a layer that the model lacks."""
-        self.schedule.validate(num_layers)
+        """Raise :class:`adsc.InputError` when a schedule names a layer that the model lacks."""
+        for schedule in (self.schedule, *(schedule for _, schedule in self.budgets)):
+            schedule.validate(num_layers)
 
     def plan(self, layout: Layout, num_layers: int) -> Plan:
         """The kept positions of one row."""
         return plan(layout, schedule=self.schedule, num_layers=num_layers, pattern=self.pattern, seed=self.seed)
 
     def for_budget(self, num_layers: int, retained: Ratio) -> ADSC:
-        """The same pattern and positions with the schedule of :meth:`adsc.Schedule.for_budget`."""
-        return replace(self, schedule=Schedule.for_budget(num_layers, retained))
+        """The same pattern and positions with another schedule: the one saved for this budget, where there is one,
+        else that of :meth:`adsc.Schedule.for_budget`."""
+        saved = dict(self.budgets).get(fraction(retained, "retained"))
+        return replace(self, schedule=Schedule.for_budget(num_layers, retained) if saved is None else saved)
