@@ -1,0 +1,209 @@
+"""Batches for training, and which of their tokens are learned: by default those of the answers alone.
+
+Vision tokens, and all else that the processor puts where an image goes, never carry labels. So the loss is the same
+where the engine sees the labels and where a trainer keeps them from the model, as TRL's fused head does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from ..errors import InputError
+from ..hf.families import family_of
+
+IGNORED = -100  # label that losses ignore
+Span = tuple[int, int]
+
+
+@dataclass
+class Collator(DataCollatorForVisionLanguageModeling):
+    """TRL's collator of ``messages`` and ``images``, with labels where something is to be learned.
+
+    The prompt is what ``apply_chat_template`` makes of it at inference, with the tokenizer's begin-of-sequence token
+    where it adds one. Where the template does not end an answer with a special token, the conversation's last answer
+    gets the end-of-sequence token: the model is to learn to stop.
+
+    Parameters
+    ----------
+    processor
+        The model's processor, with a chat template and a fast tokenizer.
+    config
+        The model's config, which names its vision tokens.
+    answers_only
+        Labels for what the assistant says, with the token that ends it; if not, for all text.
+    keeps_last_token
+        Whether the method that reduces the model keeps the last token of each image, which predicts what stands behind
+        it (``method.keeps_last_token``).
+
+    Raises
+    ------
+    InputError
+        When the answers cannot be told from the rest of the conversation.
+    """
+
+    config: PreTrainedConfig = field(kw_only=True)
+    answers_only: bool = True
+    keeps_last_token: bool = True
+    _vision: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None:
+            raise InputError(f"max_length {self.max_length} would cut images apart; set max_length to null")
+        if not self.processor.tokenizer.is_fast:
+            raise InputError("the answers are found by a fast tokenizer only; load the processor with one")
+        kinds = family_of(self.config).modalities
+        self._vision = torch.tensor([attrgetter(kind.token)(self.config) for kind in kinds])
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Batch some rows: the processor's outputs, and ``labels`` (rows, tokens)."""
+        written = [self.write(example["messages"]) for example in examples]
+        pairs = zip(written, examples, strict=True)
+        batch: dict[str, Any] = super().torch_call(
+            [{self.dataset_text_field: text, "images": example["images"]} for (text, _), example in pairs]
+        )
+        ids, labels = batch["input_ids"], torch.full_like(batch["input_ids"], IGNORED)
+        for row, (text, answers) in enumerate(written):
+            real = batch["attention_mask"][row].nonzero().flatten()
+            places = real[self._learned(text, answers, ids[row, real].tolist())]
+            labels[row, places] = ids[row, places]
+        vision = torch.isin(ids, self._vision)
+        labels[vision] = IGNORED
+        if not self.keeps_last_token:
+            labels[:, 1:][vision[:, :-1]] = IGNORED
+        batch["labels"] = labels
+        return batch
+
+    def write(self, messages: Sequence[dict[str, Any]]) -> tuple[str, list[Span]]:
+        """A conversation as its chat template writes it, and where in this text the answers are."""
+        tokenizer = self.processor.tokenizer
+        text = self._render(messages)
+        answers: list[Span] = []
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            start = _shared(text, self._render(messages[:turn], add_generation_prompt=True))
+            through = _shared(text, self._render(messages[: turn + 1]))
+            end = len(text[:through].rstrip())  # a line end behind the token that ends the answer is nobody's to learn
+            said = "".join(part["text"] for part in message["content"]).strip()
+            if said not in text[start:end]:
+                raise InputError(
+                    f"the chat template of {type(self.processor).__name__} hides the answer {said[:40]!r} among other "
+                    "text; give a template that writes every message as it stands"
+                )
+            answers.append((start, end))
+        if answers and answers[-1][1] == len(text.rstrip()):
+            start, end = answers[-1]
+            if not text[:end].endswith(tuple(tokenizer.get_added_vocab())):
+                text = text[:end] + tokenizer.eos_token
+                answers[-1] = start, len(text)
+        first = tokenizer("")["input_ids"][:1]
+        if first == [tokenizer.bos_token_id] and not text.startswith(tokenizer.bos_token):
+            length = len(tokenizer.bos_token)
+            text, answers = tokenizer.bos_token + text, [(start + length, end + length) for start, end in answers]
+        return text, answers
+
+    def _render(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+        text: str = self.processor.apply_chat_template(
+            list(messages), chat_template=self.chat_template, tokenize=False, **options
+        )
+        return text
+
+    def _learned(self, text: str, answers: list[Span], ids: list[int]) -> list[int]:
+        """Positions among a row's ``ids`` that get a label."""
+        short = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        marks = set(self._vision.tolist()) | self._marks()
+        places = align(short["input_ids"], ids, marks)
+        found = []
+        for (start, end), place in zip(short["offset_mapping"], places, strict=True):
+            inside = not self.answers_only or any(start < b and max(end, start + 1) > a for a, b in answers)
+            if place is None and inside and self.answers_only:
+                raise InputError(
+                    f"{type(self.processor).__name__} rewrites the text around an answer, so that it cannot be found; "
+                    "set answers_only to false"
+                )
+            if place is not None and inside:
+                found.append(place)
+        return found
+
+    def _marks(self) -> set[int]:
+        """Tokens of the text alone that the processor replaces by an image."""
+        names = ("image_token", "video_token", "boi_token", "start_of_image_token")
+        tokens = [getattr(self.processor, name, None) for name in names]
+        convert = self.processor.tokenizer.convert_tokens_to_ids
+        return {convert(token) for token in tokens if isinstance(token, str)}
+
+
+def _shared(text: str, other: str) -> int:
+    """How many characters two texts share from the beginning."""
+    return next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+
+
+def align(short: Sequence[int], long: Sequence[int], marks: set[int]) -> list[int | None]:
+    """Where each token of a text stands once images have been put in.
+
+    Parameters
+    ----------
+    short
+        Tokens of the text, with one of ``marks`` for an image.
+    long
+        The same with some tokens in the place of each mark.
+
+    Returns
+    -------
+    Of each token of ``short`` its position in ``long``; ``None`` for marks, and for a token beside an image that became
+    another there.
+    """
+    found: list[int | None] = [None] * len(short)
+    edges = [-1, *(i for i, token in enumerate(short) if token in marks), len(short)]
+    at = 0
+    for left, right in pairwise(edges):
+        piece = list(short[left + 1 : right])
+        # A token may have become another where it touches an image, not at the ends of the text.
+        before, after = (0, 1) if left < 0 else (0, 2), (0, 1) if right == len(short) else (0, 2)
+        for cut in sorted(((a, b) for a in range(*before) for b in range(*after)), key=sum):
+            part = piece[cut[0] : len(piece) - cut[1]]
+            if not part:
+                break
+            where = _position(part, long, at if left < 0 else at + 1, first=left < 0, last=right == len(short))
+            if where is not None:
+                found[left + 1 + cut[0] : right - cut[1]] = range(where, where + len(part))
+                at = where + len(part)
+                break
+    return found
+
+
+def _position(part: list[int], long: Sequence[int], at: int, first: bool, last: bool) -> int | None:
+    latest = len(long) - len(part)
+    places = [at] if first else [latest] if last else range(at, latest + 1)
+    return next((i for i in places if i >= at and list(long[i : i + len(part)]) == part), None)
+
+
+def check_arguments(arguments: Any) -> None:
+    """Refuse settings of ``trl.SFTConfig`` that images do not go with.
+
+    Raises
+    ------
+    InputError
+        For packing, padding-free batches, a ``max_length``, and TRL's own ways to choose labels.
+    """
+    refused = {
+        "packing": "one sequence of several rows would hide the images of one from another only by its mask",
+        "eval_packing": "one sequence of several rows would hide the images of one from another only by its mask",
+        "padding_free": "one sequence of several rows would hide the images of one from another only by its mask",
+        "assistant_only_loss": "labels are those of the answers already, for any chat template",
+        "completion_only_loss": "labels are those of the answers already",
+    }
+    for name, reason in refused.items():
+        if getattr(arguments, name, None):
+            raise InputError(f"training.{name} does not go with images: {reason}; leave it out")
+    if arguments.max_length is not None:
+        raise InputError(f"training.max_length {arguments.max_length} would cut images apart; set it to null")
