@@ -383,7 +383,8 @@ def check_training(recipe: Recipe, name: str = "recipe") -> None:
         if key not in allowed:
             raise InputError(f"{name}: training.{_unknown(key, allowed, 'the fields of trl.SFTConfig')}")
         try:
-            TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+            types = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
+            types.validate_python(value, strict=True)
         except ValidationError:
             kind = re.sub(r"<class '(\w+)'>|(?:\w+\.)+", r"\1", str(hints[key]))
             raise InputError(f"{name}: training.{key} is {value!r}; it must be {kind}") from None
@@ -393,10 +394,11 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML as people mean it: 2e-5 is a number, and a key that is written twice is a mistake."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", node.start_mark)
+        keys: list[Any] = []
+        for part, _ in node.value:
+            keys.append(self.construct_object(part, deep=True))
+            if keys[-1] in keys[:-1]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {keys[-1]!r} is there twice", part.start_mark)
         return super().construct_mapping(node, deep)
 
 
