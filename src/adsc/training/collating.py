@@ -185,25 +185,3 @@ def _position(part: list[int], long: Sequence[int], at: int, first: bool, last: 
     latest = len(long) - len(part)
     places = [at] if first else [latest] if last else range(at, latest + 1)
     return next((i for i in places if i >= at and list(long[i : i + len(part)]) == part), None)
-
-
-def check_arguments(arguments: Any) -> None:
-    """Refuse settings of ``trl.SFTConfig`` that images do not go with.
-
-    Raises
-    ------
-    InputError
-        For packing, padding-free batches, a ``max_length``, and TRL's own ways to choose labels.
-    """
-    refused = {
-        "packing": "one sequence of several rows would hide the images of one from another only by its mask",
-        "eval_packing": "one sequence of several rows would hide the images of one from another only by its mask",
-        "padding_free": "one sequence of several rows would hide the images of one from another only by its mask",
-        "assistant_only_loss": "labels are those of the answers already, for any chat template",
-        "completion_only_loss": "labels are those of the answers already",
-    }
-    for name, reason in refused.items():
-        if getattr(arguments, name, None):
-            raise InputError(f"training.{name} does not go with images: {reason}; leave it out")
-    if arguments.max_length is not None:
-        raise InputError(f"training.max_length {arguments.max_length} would cut images apart; set it to null")

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import datasets
 import numpy as np
@@ -109,7 +110,7 @@ class Report:
             return f"{self.good:,} rows, none bad"
         kinds = Counter(bad.kind for bad in self.bad)
         shares = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.most_common())
-        return f"{self.good:,} rows, {len(self.bad):,} bad ones left out ({shares}; first: {self.bad[0]})"
+        return f"{self.good:,} rows, {len(self.bad):,} bad left out ({shares}; first: {self.bad[0]})"
 
 
 # Files
@@ -343,9 +344,8 @@ def _image(source: Any, whole: bool = True) -> Image.Image:
     """Open an image, RGB and upright; not ``whole``: look at its head alone."""
     try:
         if isinstance(source, str):
-            from transformers.image_utils import load_image
-
-            return load_image(source, timeout=30).convert("RGB")
+            with urlopen(source, timeout=30) as answer:
+                source = answer.read()
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return ImageOps.exif_transpose(image).convert("RGB") if whole else image
     except FileNotFoundError:
@@ -439,8 +439,8 @@ class Conversations(Sequence[Row]):
             except InputError as error:
                 raise InputError(f"{file.path}, row {file.line(row)}: {error}") from None
         if not good:
-            first = f"{len(self.report.bad) - before} bad ones; first: {self.report.bad[before]}"
-            found = first if len(self.report.bad) > before else "it is empty"
+            left = self.report.bad[before:]
+            found = f"{len(left):,} bad; first: {left[0]}" if left else "it is empty"
             raise InputError(f"{file.path} has no row to train on ({found})")
         return np.stack([np.full(len(good), number), np.array(good)], axis=1)
 
