@@ -252,6 +252,15 @@ def test_all_text_without_what_stands_for_images(name):
         assert set(learned(processor, row)) <= set(labelled(batch, number))
 
 
+def test_plain_strings_are_read_as_trl_reads_them():
+    processor, config = processor_and_config("qwen2_5_vl")
+    collator, (row, *_) = Collator(processor, config=config), rows()
+    plain = [message | {"content": message["content"][-1]["text"]} for message in row["messages"]]
+    batch, expected = collator([row | {"messages": plain}]), collator([row])
+    assert plain[0]["content"] == "what is this?"  # the caller's rows are not written to
+    assert all(torch.equal(batch[name], value) for name, value in expected.items())
+
+
 def test_the_label_after_an_image_goes_with_its_last_token():
     processor, config = processor_and_config("llava_next")
     whole = Collator(processor, config=config, answers_only=False)(rows())
@@ -347,6 +356,9 @@ def test_align():
     assert align([1, 9, 9, 2], [1, 8, 7, 8, 7, 2], {9}) == [0, None, None, 5]
     assert align([9, 5, 2, 9, 2, 6], [9, 5, 5, 5, 2, 9, 9, 2, 6], {9}) == [None, 3, 4, None, 7, 8]
     assert align([1, 2, 3], [1, 2, 3], {9}) == [0, 1, 2]
+    # Tokens of the text stand among those of the image too.
+    assert align([1, 9, 2], [1, 9, 2, 9, 2], {9}) == [0, None, 4]
+    assert align([9, 7, 9, 3], [7, 7, 9, 3], {9}) == [None, 1, None, 3]
     # The token beside the image was merged with what the image begins with.
     assert align([1, 4, 9, 4, 2, 3], [1, 44, 9, 9, 44, 2, 3], {9}) == [0, None, None, None, 5, 6]
     found = [place for place in align([1, 2, 9, 3, 9, 4], [1, 2, 9, 9, 3, 9, 9, 4], {9}) if place is not None]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ..errors import InputError
@@ -65,7 +66,7 @@ class Collator(DataCollatorForVisionLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Batch some rows: the processor's outputs, and ``labels`` (rows, tokens)."""
-        written = [self.write(example["messages"]) for example in examples]
+        written = [self.write(prepare_multimodal_messages(each["messages"], each["images"])) for each in examples]
         pairs = zip(written, examples, strict=True)
         batch: dict[str, Any] = super().torch_call(
             [{self.dataset_text_field: text, "images": example["images"]} for (text, _), example in pairs]
@@ -75,15 +76,13 @@ class Collator(DataCollatorForVisionLanguageModeling):
             real = batch["attention_mask"][row].nonzero().flatten()
             places = real[self._learned(text, answers, ids[row, real].tolist())]
             labels[row, places] = ids[row, places]
-        vision = torch.isin(ids, self._vision)
-        labels[vision] = IGNORED
         if not self.keeps_last_token:
-            labels[:, 1:][vision[:, :-1]] = IGNORED
+            labels[:, 1:][torch.isin(ids, self._vision)[:, :-1]] = IGNORED
         batch["labels"] = labels
         return batch
 
     def write(self, messages: Sequence[dict[str, Any]]) -> tuple[str, list[Span]]:
-        """A conversation as its chat template writes it, and where in this text the answers are."""
+        """A conversation, its content in parts, as its chat template writes it, and where in this the answers are."""
         tokenizer = self.processor.tokenizer
         text = self._render(messages)
         answers: list[Span] = []
@@ -120,8 +119,7 @@ class Collator(DataCollatorForVisionLanguageModeling):
     def _learned(self, text: str, answers: list[Span], ids: list[int]) -> list[int]:
         """Positions among a row's ``ids`` that get a label."""
         short = self.processor.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        marks = set(self._vision.tolist()) | self._marks()
-        places = align(short["input_ids"], ids, marks)
+        places = align(short["input_ids"], ids, self._marks())
         found = []
         for (start, end), place in zip(short["offset_mapping"], places, strict=True):
             inside = not self.answers_only or any(start < b and max(end, start + 1) > a for a, b in answers)
@@ -135,11 +133,11 @@ class Collator(DataCollatorForVisionLanguageModeling):
         return found
 
     def _marks(self) -> set[int]:
-        """Tokens of the text alone that the processor replaces by an image."""
+        """Vision tokens, and others of the text alone that the processor replaces by an image."""
         names = ("image_token", "video_token", "boi_token", "start_of_image_token")
         tokens = [getattr(self.processor, name, None) for name in names]
         convert = self.processor.tokenizer.convert_tokens_to_ids
-        return {convert(token) for token in tokens if isinstance(token, str)}
+        return {*self._vision.tolist(), *(convert(token) for token in tokens if isinstance(token, str))}
 
 
 def _shared(text: str, other: str) -> int:
