@@ -19,7 +19,7 @@ from ..errors import InputError
 
 #: In the order of ``adsc --help``. Each is a module with an ``EXAMPLE`` and a function ``command``, which prints for
 #: people unless ``as_json``, and returns what ``--json`` prints.
-COMMANDS = ("demo", "run", "cost", "env")
+COMMANDS = ("demo", "run", "cost", "train", "env")
 
 
 class _Commands(TyperGroup):

@@ -190,6 +190,8 @@ class Estimate(_Part):
         Name of the GPU, how many of them share the batch, and the part of its peak that the training reaches.
     images, text_tokens
         Of a row.
+    tiles
+        LLaVA-NeXT: of one image, the overview included, where its vision tokens do not tell.
     rows
         Of the training data; needed where ``training`` counts epochs in place of steps.
     """
@@ -199,6 +201,7 @@ class Estimate(_Part):
     utilisation: float = Field(default=0.35, gt=0, le=1)
     images: int = Field(default=1, ge=0)
     text_tokens: int = Field(default=128, ge=1)
+    tiles: int | None = Field(default=None, ge=1)
     rows: int | None = Field(default=None, ge=1)
 
 
