@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import re
+import struct
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 import transformers
 from accelerate import skip_first_batches
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
@@ -246,6 +247,36 @@ def test_an_image_that_ends_early_has_its_row_replaced(folder):
     rows = Conversations(lines(path, row("cut")))
     with pytest.raises(InputError, match=r"no row of 1 has images that can be read; first: .*row 1: broken image"):
         rows[0]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_any_broken_bytes_are_a_bad_row(folder, monkeypatch):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+    images = [encoded("red")]
+    for shape in ("PNG", "JPEG", "WEBP", "GIF", "TIFF"):
+        file = io.BytesIO()
+        noise.save(file, shape)
+        for _ in range(60):
+            damaged = bytearray(file.getvalue())
+            for place in rng.integers(0, len(damaged), 20):
+                damaged[place] = rng.integers(256)
+            images.append(bytes(damaged[: rng.integers(len(damaged))]))
+    table = {"messages": [asked("x")] * len(images), "images": [[image] for image in images]}
+    datasets.Dataset.from_dict(table).to_parquet(folder / "rows.parquet")
+    rows = Conversations(folder / "rows.parquet")
+    found = [each["images"][0].size for each in rows]
+    assert {bad.kind for bad in rows.report.bad} == {"broken image"}
+    assert len(rows.report.bad) > 150
+    assert found[0] == (6, 4)
+
+    def surprised(*given):
+        raise struct.error("required argument is not an integer")  # as for some damaged EXIF
+
+    path = lines(folder / "rows.jsonl", row("red"), row("lime"))
+    monkeypatch.setattr(ImageOps, "exif_transpose", surprised)
+    with pytest.raises(InputError, match=r"broken image .*red.png: required argument is not an integer"):
+        Conversations(path)[0]
 
 
 def test_remote_images_are_fetched_when_asked(folder):

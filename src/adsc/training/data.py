@@ -17,6 +17,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,10 +129,6 @@ class _File(ABC):
 
     @abstractmethod
     def __getitem__(self, row: int) -> Any: ...
-
-    def line(self, row: int) -> int:
-        """The number of a row as people count it."""
-        return row + 1
 
 
 class _Json(_File):
@@ -343,14 +340,14 @@ def _source(given: Any, folder: Path, remote: bool) -> Any:
 def _image(source: Any, whole: bool = True) -> Image.Image:
     """Open an image, RGB and upright; not ``whole``: look at its head alone."""
     try:
-        if isinstance(source, str):
-            with urlopen(source, timeout=30) as answer:
-                source = answer.read()
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        file: Any = urlopen(source, timeout=30) if isinstance(source, str) else nullcontext(source)
+        with file as opened:
+            read = opened.read() if isinstance(source, str) else opened
+        with Image.open(io.BytesIO(read) if isinstance(read, bytes) else read) as image:
             return ImageOps.exif_transpose(image).convert("RGB") if whole else image
     except FileNotFoundError:
         raise _Bad("image file missing", str(source)) from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders raise whatever broken bytes lead them to, struct.error among others
         name = f"{source}: " if isinstance(source, (str, Path)) and str(source) not in str(error) else ""
         raise _Bad("broken image", f"{name}{str(error) or type(error).__name__}") from None
 
@@ -413,7 +410,7 @@ class Conversations(Sequence[Row]):
                 messages, images = _conversation(file[row], self._reserved)
                 return {"messages": messages, "images": [_image(self._source(file, given)) for given in images]}
             except _Bad as bad:
-                self.report.add(str(file.path), file.line(row), bad)
+                self.report.add(str(file.path), row + 1, bad)
         raise InputError(f"no row of {len(self):,} has images that can be read; first: {self.report.bad[0]}")
 
     def _source(self, file: _File, given: Any) -> Any:
@@ -435,9 +432,9 @@ class Conversations(Sequence[Row]):
                         checked.add(source)
                 good.append(row)
             except _Bad as bad:
-                self.report.add(str(file.path), file.line(row), bad)
+                self.report.add(str(file.path), row + 1, bad)
             except InputError as error:
-                raise InputError(f"{file.path}, row {file.line(row)}: {error}") from None
+                raise InputError(f"{file.path}, row {row + 1}: {error}") from None
         if not good:
             left = self.report.bad[before:]
             found = f"{len(left):,} bad; first: {left[0]}" if left else "it is empty"
