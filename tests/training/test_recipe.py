@@ -192,6 +192,7 @@ def test_changes_are_yaml_and_leave_the_rest(write: Write) -> None:
     changes = ["training.max_steps=3", "training.learning_rate=1e-5", "model=other/one", "lora.targets=[q_proj]"]
     recipe = read(write(FULL), changes)
     assert recipe.training == {"learning_rate": 1e-5, "max_steps": 3, "seed": 5, "bf16": False}
+    assert read(write(FULL), ["training.eval_strategy=no"]).training["eval_strategy"] == "no"  # YAML 1.1's false
     assert (recipe.model, recipe.lora.targets, recipe.lora.rank) == ("other/one", ("q_proj",), 8)
 
 

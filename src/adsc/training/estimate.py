@@ -19,6 +19,7 @@ Convention
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -251,7 +252,9 @@ def trained_parameters(model: PreTrainedModel, lora: Lora) -> tuple[int, int]:
 
     Puts an adapter on the model, which may be one without weights (on the device ``meta``).
     """
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        # PEFT asks transformers for checkpointing by an old name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         adapted = get_peft_model(model, lora_config(model, lora))
     trained = {name: each.numel() for name, each in adapted.named_parameters() if each.requires_grad}
     projector = sum(count for name, count in trained.items() if ".modules_to_save." in name)
