@@ -52,7 +52,9 @@ class Distillation:
             if getattr(self, name) < 0:
                 raise InputError(f"distillation {name} {getattr(self, name)} is negative; 0 turns it off")
         if self.temperature <= 0:
-            raise InputError(f"distillation temperature {self.temperature} must be above 0; 1 leaves logits as they are")
+            raise InputError(
+                f"distillation temperature {self.temperature} must be above 0; 1 leaves logits as they are"
+            )
 
     @property
     def needed(self) -> bool:

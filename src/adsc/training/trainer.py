@@ -38,10 +38,12 @@ from .curriculum import Curriculum
 from .data import as_dataset, open_rows
 from .distillation import Distillation, forward_kl, head_of, hidden_error, hidden_states
 from .exporting import RECIPE, check_free, export
-from .recipe import Lora, Recipe, check_training
+from .recipe import Lora, Recipe, check_training, read
 
 # Modules between vision tower and decoder, by the names that transformers gives them.
 PROJECTORS = ("multi_modal_projector", "merger", "connector", "aligner", "embed_vision", "vl_connector")
+# Keys of ``training`` that change no weight, so a run may go on with others.
+FREE = ("logging_steps", "save_steps", "save_total_limit", "disable_tqdm", "report_to", "run_name", "log_level")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what clusters send ahead of the end
 
 log = logging.getLogger(__name__)
@@ -361,6 +363,10 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Iterable[TrainerCa
     checkpoint = last_checkpoint(checkpoints) if resume else None
     if not resume and any(path.exists() for path in (result, checkpoints)):
         raise InputError(f"{output} holds a training already; go on with it by --resume, or choose another output")
+    if checkpoint is not None and (other := _changed(recipe, output / RECIPE)):
+        raise InputError(
+            f"{output} holds a training by another recipe (it differs in {', '.join(other)}); choose another output"
+        )
     args = _arguments(recipe, checkpoints)
     config = read_config(recipe.model)
     method, curriculum = recipe.reduction(config), recipe.curriculum_for(config)
@@ -426,6 +432,21 @@ def _is_whole(checkpoint: Path) -> bool:
 def _state(checkpoint: Path) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     return {**state, "global_step": state["global_step"], "max_steps": state["max_steps"]}
+
+
+def _changed(recipe: Recipe, path: Path) -> list[str]:
+    """Keys in which a recipe differs from the one of the checkpoints, as far as they change weights."""
+    before, now = (_flat(each.model_dump(mode="json")) for each in (read(path) if path.exists() else recipe, recipe))
+    free = ("output", "estimate.", "data.validation", *(f"training.{key}" for key in FREE))
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return [key for key in keys if not key.startswith(free)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _finished(trainer: ADSCTrainer, checkpoint: Path) -> None:
