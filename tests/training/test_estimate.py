@@ -310,3 +310,26 @@ def test_accelerate_takes_its_configs(name: str, kind: str, key: str) -> None:
     model = {"fsdp2": "fsdp2", "deepspeed-zero3": "zero3"}[name]
     theirs = yaml.safe_load((Path(trl.__file__).parent / "accelerate_configs" / f"{model}.yaml").read_text())
     assert getattr(config, f"{key}_config").keys() == theirs[f"{key}_config"].keys()
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "training.md"
+
+
+def test_schedules_of_the_docs() -> None:
+    """The table of schedules is arithmetic; what it calls the latest is for_budget's."""
+    rows = [line.strip("| ").split(" | ") for line in DOCS.read_text().splitlines() if "| `" in line and ":1/" in line]
+    assert len(rows) >= 16
+    for budget, shape, schedule, tokens, retained, left in rows:
+        plan = adsc.plan([(0, 256)], 256, Schedule.parse(schedule.strip("`")), 24)
+        held = plan.vision_tokens_per_layer()
+        assert (tokens, retained, left) == (f"{sum(held) / 24:.1f}", f"{float(plan.retained):.4f}", str(held[-1]))
+        assert abs(plan.retained - Fraction(budget)) * 256 <= 1
+        if "for_budget" in shape:
+            assert plan.schedule == Schedule.for_budget(24, budget, 256)
+
+
+def test_recipe_of_the_docs_is_the_default(tmp_path: Path) -> None:
+    text = next(part for part in DOCS.read_text().split("```") if part.startswith("yaml")).removeprefix("yaml")
+    (tmp_path / "shown.yaml").write_text(text)
+    shown = read(tmp_path / "shown.yaml")
+    assert shown == check({"model": shown.model, "output": shown.output, "data": {"train": "data/rows.jsonl"}})
