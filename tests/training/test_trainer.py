@@ -327,7 +327,10 @@ def test_every_budget_is_evaluated(folder, undisturbed):
     assert len({round(loss, 4) for loss in found.values()}) == 3
     assert entries[-1]["eval_loss"] == pytest.approx(sum(entries[-1][f"eval_{name}_loss"] for name in BUDGETS) / 3)
     assert entries[-1]["eval_loss"] < entries[0]["eval_loss"]
-    assert 0 <= entries[-1]["eval_1/3_accuracy"] <= 1
+    accuracy = entries[-1]["eval_1/3_accuracy"]
+    assert 0 <= accuracy <= 1
+    told = f"| retained 1/3 | {entries[-1]['eval_1/3_loss']:.4g} | {100 * accuracy:.4g} |"
+    assert told in (undisturbed.folder / "README.md").read_text()
 
 
 def test_the_best_checkpoint_is_the_result(folder, tmp_path):

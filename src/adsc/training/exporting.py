@@ -17,7 +17,7 @@ from ..config import FILE_NAME, ADSCConfig
 from ..errors import InputError
 from ..hf.checkpoint import ADAPTER, read_config
 from ..methods import ADSC
-from .recipe import Recipe
+from .recipe import Recipe, read
 
 RECIPE = "recipe.yaml"
 CARD = "README.md"
@@ -56,7 +56,7 @@ def export(
     InputError
         When ``folder`` is there and holds something other than a result.
     """
-    base = next(iter(model.peft_config.values())).base_model_name_or_path
+    base = str(next(iter(model.peft_config.values())).base_model_name_or_path)
     with _renamed(Path(folder)) as partial:
         model.save_pretrained(str(partial), state_dict=state)
         # A folder is found from anywhere by its whole path alone.
@@ -102,6 +102,25 @@ def merge(folder: str | os.PathLike[str], out: str | os.PathLike[str], **options
         if (folder / RECIPE).exists():
             shutil.copy(folder / RECIPE, partial / RECIPE)
     return out
+
+
+def describe(folder: str | os.PathLike[str], figures: Figures) -> None:
+    """Write the card of a result folder again, with a table of measured figures.
+
+    Raises
+    ------
+    InputError
+        When ``folder`` is no result.
+    """
+    folder = Path(folder)
+    method = ADSC(**vars(ADSCConfig.from_pretrained(folder)))
+    if not (folder / ADAPTER).is_file():
+        raise InputError(f"{folder} has no {ADAPTER}; give a folder that train wrote")
+    base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    recipe = read(folder / RECIPE) if (folder / RECIPE).exists() else None
+    partial = folder / f".{CARD}.{os.getpid()}"
+    partial.write_text(card(base, method, recipe, figures), encoding="utf-8")
+    partial.replace(folder / CARD)
 
 
 def check_free(folder: Path) -> None:

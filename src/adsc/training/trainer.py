@@ -24,7 +24,8 @@ from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from ..errors import InputError, UnsupportedModelError
 from ..hf.checkpoint import read_config
@@ -49,7 +50,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what clusters send ahea
 log = logging.getLogger(__name__)
 
 
-class ADSCTrainer(SFTTrainer):  # type: ignore[misc]
+class ADSCTrainer(SFTTrainer):
     """TRL's ``SFTTrainer`` with a curriculum of schedules, self-distillation, and evaluation at every budget.
 
     Logged beside what TRL logs: ``retained``, the vision tokens that were there on average over layers and rows, over
@@ -115,16 +116,17 @@ class ADSCTrainer(SFTTrainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's loss of the reduced model, and in training what the teacher adds to it."""
-        if not self.model.training:  # evaluate() says which schedule
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        trls: Any = super().compute_loss
+        if not self._inner.training:  # evaluate() says which schedule
+            return trls(model, inputs, return_outputs, num_items_in_batch)
         metrics = self._metrics["train"]
         teacher = self._teacher(model, inputs) if self.distillation else None
         method = replace(self.method, schedule=self.schedule(self.state.global_step))
         with self.handle.using(method), hidden_states(self._inner.base_model) as student:
-            loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+            loss = trls(model, inputs, False, num_items_in_batch)
             plans = self.handle.last_plans if method.reduces else []
         retained = [float(plan.retained) for plan in plans if plan.vision_tokens_per_layer()[0]]
-        metrics["retained"].append(self._mean(sum(retained) if plans else 1.0, len(retained) if plans else 1))
+        metrics["retained"].append(self._mean(sum(retained) if retained else 1.0, len(retained) or 1))
         if teacher is not None:
             loss = loss + self._distilled(student[0], teacher, inputs, num_items_in_batch)
         return loss
@@ -178,7 +180,7 @@ class ADSCTrainer(SFTTrainer):  # type: ignore[misc]
         """Of all processes."""
         both = torch.as_tensor([float(total), float(count)], device=self.accelerator.device, dtype=torch.float32)
         total, count = self.accelerator.gather(both[None]).sum(0).tolist()
-        return total / max(count, 1.0)
+        return float(total / max(count, 1.0))
 
     def evaluate(
         self,
@@ -203,7 +205,9 @@ class ADSCTrainer(SFTTrainer):  # type: ignore[misc]
                     metric_key_prefix=prefix,
                 )
             own = self._metrics["eval"].pop("mean_token_accuracy", [])
-            metrics |= {key: value for key, value in output.metrics.items() if not key.endswith("_preparation_time")}
+            metrics |= {
+                key: value for key, value in (output.metrics or {}).items() if not key.endswith("_preparation_time")
+            }
             metrics[f"{prefix}_accuracy"] = sum(own) / max(len(own), 1)
             self._metrics["eval"].clear()
         losses = [metrics[f"{metric_key_prefix}_{name}_loss"] for name in budgets]
@@ -221,7 +225,7 @@ class ADSCTrainer(SFTTrainer):  # type: ignore[misc]
         """None for checkpoints: the result has one."""
 
 
-class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+class StopOnSignal(TrainerCallback):
     """Stops with a checkpoint at the end of the step in which the process was asked to; a second Ctrl-C kills.
 
     Attributes
@@ -264,7 +268,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         return control
 
 
-class _KeepCount(TrainerCallback):  # type: ignore[misc]
+class _KeepCount(TrainerCallback):
     """TRL counts tokens from nothing after a resume; the log knows better."""
 
     def __init__(self, trainer: ADSCTrainer) -> None:
@@ -371,7 +375,7 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Iterable[TrainerCa
     config = read_config(recipe.model)
     method, curriculum = recipe.reduction(config), recipe.curriculum_for(config)
     family_of(config)
-    loading = dict(args.model_init_kwargs or {})
+    loading: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     loading.setdefault("dtype", torch.bfloat16 if args.bf16 else torch.float32)
     model = AutoModelForImageTextToText.from_pretrained(recipe.model, **loading)
     args.model_init_kwargs = None
@@ -399,10 +403,12 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Iterable[TrainerCa
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if trainer.stopper.stopped:
         return Outcome(None, last_checkpoint(checkpoints), step, steps, trainer.state.log_history)
-    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    gathered = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        adapted = trainer.accelerator.unwrap_model(trainer.model)
-        export(adapted, result, method=method, processor=processor, recipe=recipe, state=state)
+        adapted, figures = trainer.accelerator.unwrap_model(trainer.model), _figures(trainer)
+        export(adapted, result, method=method, processor=processor, recipe=recipe, figures=figures, state=gathered)
     trainer.accelerator.wait_for_everyone()
     return Outcome(result, last_checkpoint(checkpoints), step, steps, trainer.state.log_history)
 
@@ -456,9 +462,24 @@ def _finished(trainer: ADSCTrainer, checkpoint: Path) -> None:
     trainer._load_from_checkpoint(best if trainer.args.load_best_model_at_end and best else str(checkpoint))
 
 
+def _figures(trainer: ADSCTrainer) -> dict[str, dict[str, str]]:
+    """What the validation rows said of the weights that are saved, for the card."""
+    state, args = trainer.state, trainer.args
+    step = state.best_global_step if args.load_best_model_at_end else state.global_step
+    entry: dict[str, Any] = next((e for e in state.log_history if "eval_loss" in e and e["step"] == step), {})
+    columns = {"validation loss": "loss", "right tokens, %": "accuracy"}
+    return {
+        f"retained {name}" if name != "schedule" else "reduced": {
+            column: f"{entry[key] * (100 if 'accuracy' in key else 1):.4g}"
+            for column, key in ((column, f"eval_{name}_{kind}") for column, kind in columns.items())
+        }
+        for name in (trainer.budgets() if entry else ())
+    }
+
+
 def _arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    own = {
+    own: dict[str, Any] = {
         "bf16": gpu,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": "none",
@@ -467,7 +488,7 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
         "packing": False,
     }
     given = own | recipe.training | {"output_dir": str(checkpoints)}
-    reports = [given["report_to"]] if isinstance(given["report_to"], str) else list(given["report_to"])
+    reports = [given["report_to"]] if isinstance(given["report_to"], str) else list(given["report_to"] or ())
     given["report_to"] = [name for name in reports if name not in ("tensorboard", "none")] or "none"
     try:
         args = SFTConfig(**given)
@@ -480,7 +501,7 @@ def _tensorboard(recipe: Recipe, args: SFTConfig, folder: Path, checkpoint: Path
     if "tensorboard" not in (recipe.training.get("report_to") or ()) or args.process_index:
         return []
     from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
     # What was logged behind the checkpoint is logged again.
     step = None if checkpoint is None else _state(checkpoint)["global_step"] + 1
