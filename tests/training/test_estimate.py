@@ -239,9 +239,24 @@ def test_dry_run_of_a_recipe(run: Run, tmp_path: Path, name: str) -> None:
 
 def test_recipes_of_one_model_differ_in_budget_alone() -> None:
     read_ = [read(path).model_dump() for path in sorted(RECIPES.glob("llava-1.5-7b-*.yaml"))]
-    assert [each["method"].pop("retained") for each in read_] == ["1/3", "2/9", "1/9"]
+    budgets = [each["method"].pop("retained") for each in read_]
+    assert budgets == ["1/3", "2/9", "1/9"]
+    assert [list(each["curriculum"].pop("schedules")) for each in read_] == [[budget] for budget in budgets]
     assert len({each.pop("output") for each in read_}) == 3
     assert read_[0] == read_[1] == read_[2]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_comments_of_a_recipe(name: str) -> None:
+    """What is claimed beside a schedule is what it gives."""
+    lines = [line for line in (RECIPES / name).read_text().splitlines() if "vision tokens on average" in line]
+    assert len(lines) == len(read(RECIPES / name).curriculum.schedules) > 0
+    for line in lines:
+        text, claimed = line.split("#")
+        mean, of, left = (float(word.strip(",")) for word in claimed.split() if word[0].isdigit())
+        tokens, schedule = int(of), Schedule.parse(text.strip().partition(": ")[2])
+        held = adsc.plan([(0, tokens)], tokens, schedule, FILES[name][1]).vision_tokens_per_layer()
+        assert (f"{sum(held) / len(held):.1f}", held[-1]) == (f"{mean:.1f}", left)
 
 
 def test_pocket_recipe(run: Run) -> None:

@@ -27,6 +27,7 @@ from ..planning import Pattern, plan
 from ..schedule import Schedule, fraction
 from .curriculum import WARM, Curriculum, Kind
 
+SLACK = Fraction(1, 256)  # between a budget and what its schedule retains; of small images one token
 IMAGE_TOKENS = 576  # of one image, where neither the recipe nor the config tells
 
 #: Keys of ``training`` that the recipe sets by itself, and what to do in their place.
@@ -292,7 +293,7 @@ class Recipe(_Part):
         if given is None:
             return Schedule.for_budget(layers, retained, tokens)
         real = plan([(0, tokens)], tokens, given, layers).retained
-        if abs(real - retained) * tokens > 1:
+        if abs(real - retained) > max(Fraction(1, tokens), SLACK):
             raise InputError(
                 f"curriculum.schedules: {given} retains {float(real):.4f} of {tokens} vision tokens over {layers} "
                 f"layers, not {retained}; write it under the budget that it has"
