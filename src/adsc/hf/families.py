@@ -246,7 +246,9 @@ def _video_grids(placeholders: int, config: PreTrainedConfig, inputs: Inputs) ->
 
 
 def _unframed(tokens: int, _: object) -> Frames:
-    raise InputError("video features computed beforehand do not tell their frames; videos need a plain forward pass")
+    raise InputError(
+        "video features computed beforehand, as in generate, do not tell frames; use handle.planned(inputs)"
+    )
 
 
 _QWEN_IMAGES = Modality(
