@@ -328,6 +328,18 @@ def test_a_cache_is_copied_and_cropped():
             network(input_ids=token.expand(2, 1), past_key_values=cache)
 
 
+@pytest.mark.parametrize("family", ["llava", "mistral3"])  # Mistral does not give the cache back
+def test_a_cache_is_filled_with_use_cache_off(family):
+    network, made = model(family), case(family, "single")
+    text, caches, logits = torch.tensor([[5, 6, 7]]), [DynamicCache(), DynamicCache()], []
+    with torch.no_grad(), adsc.compress(network, SCHEDULE):
+        for cache, use_cache in zip(caches, (True, False), strict=True):
+            network(**made.inputs, past_key_values=cache, use_cache=use_cache)
+            logits.append(network(input_ids=text, past_key_values=cache).logits)
+    assert torch.equal(*logits)
+    assert storage_tokens(caches[0]) == storage_tokens(caches[1])
+
+
 @pytest.mark.skipif(OLD, reason="reset() leaves the cache at its length in this version")
 def test_a_cache_that_was_reset_starts_anew():
     network, made = model("llava"), case("llava", "single")

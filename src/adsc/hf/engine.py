@@ -492,8 +492,10 @@ class Handle:
             return None
         if not call.reached:
             raise UnsupportedModelError(f"{type(module).__name__} does not hand keywords on to its layers")
-        if call.planned and output.past_key_values is not None:
-            remember(call, output.past_key_values)
+        cache = kwargs.get("past_key_values")
+        cache = output.past_key_values if cache is None else cache  # use_cache=False fills a given one all the same
+        if call.planned and cache is not None:
+            remember(call, cache)
         last = call.views[-1]
         if last is None:
             return output
