@@ -297,7 +297,8 @@ class Handle:
 
     def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Base model: ids and images are seen here, so this is where calls are planned."""
-        self._thread.state.inside = True
+        # Hooks behind a module do not run after an interrupt from the keyboard, so something may be left from before.
+        self._thread.state.inside, self._thread.state.planned = True, None
         inputs, method = _named(module.forward, args, kwargs), self.method
         cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
         if not method.reduces:
