@@ -590,7 +590,7 @@ def _is_reduced(cache: Any) -> bool:
 
 def _not_padding(mask: Any, extent: Extent) -> Tensor:
     """Which positions of layer 0, ``(batch, past + tokens)``, hold tokens."""
-    shape = extent.batch, extent.past + extent.tokens
-    if not isinstance(mask, Tensor) or mask.shape != shape:
-        return torch.ones(shape, dtype=torch.bool, device=extent.device)
-    return mask.to(extent.device).bool()
+    length = extent.past + extent.tokens
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < length:
+        return torch.ones((extent.batch, length), dtype=torch.bool, device=extent.device)
+    return mask[:, :length].to(extent.device).bool()

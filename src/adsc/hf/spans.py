@@ -97,13 +97,13 @@ def real_positions(mask: object, batch: int, tokens: int, past: int = 0) -> list
     Parameters
     ----------
     mask
-        ``(batch, past + tokens)``; or ``(batch, 1, tokens, keys)``, as ``generate`` makes it for static caches, where
+        ``(batch, past + tokens)`` or longer, as static caches allow; or ``(batch, 1, tokens, keys)``, as ``generate`` makes it for static caches, where
         padding is what no query may look at; or a mask of each kind of layer.
     """
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        rows = mask[:, -tokens:].bool()
+        rows = mask[:, past : past + tokens].bool()
     elif isinstance(mask, torch.Tensor) and mask.ndim == 4:
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         rows = seen.any(1).any(1)[:, past : past + tokens].expand(batch, -1)
