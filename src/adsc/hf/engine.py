@@ -392,7 +392,7 @@ class Handle:
         past = 0 if cache is None else cache.get_seq_length()
         if planned is not None:
             extent = Extent(batch, width, int(past), tokens.device)
-            self._check_held(cache, batch)
+            self._check_held(cache, extent, self.method.positions)
             self._check_length(extent)
             self._check_flash(inputs, planned, extent)
             numbered = _not_padding(inputs.get("attention_mask"), extent) if self._renumbers(cache) else None
@@ -400,7 +400,7 @@ class Handle:
         else:
             extent = Extent(batch, width, past, tokens.device)
             self._check_call(cache)
-            self._check_held(cache, batch)
+            self._check_held(cache, extent)
             self._check_length(extent)
             self._check_flash(inputs, None, extent)
             real = partial(_not_padding, inputs.get("attention_mask"), extent)
@@ -415,11 +415,21 @@ class Handle:
             raise InputError("positions 'compact' cannot be had with a static cache; use a dynamic one, or 'original'")
         return compact
 
-    def _check_held(self, cache: Any, batch: int) -> None:
+    def _check_held(self, cache: Any, extent: Extent, positions: str | None = None) -> None:
         for layer in range(self.num_layers):
             held = caches.held(cache, layer)
-            if held is not None and len(held.columns) != batch:
-                raise InputError(f"the cache was reduced for {len(held.columns)} rows, but this call has {batch}")
+            if held is None:
+                continue
+            if len(held.columns) != extent.batch:
+                raise InputError(
+                    f"the cache was reduced for {len(held.columns)} rows, but this call has {extent.batch}"
+                )
+            if positions is not None and held.compact != (positions == "compact"):
+                raise InputError(
+                    f"positions {positions!r} cannot go on where the cache has others; start with a new cache"
+                )
+            if isinstance(extent.past, int) and cache.layers[layer].get_seq_length() != extent.past:
+                raise InputError("a call on this cache failed halfway through its layers; start with a new cache")
 
     def _enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
         """Decoder layer: swap in what its stage sees. Runs again under checkpointing, so only the call counts."""

@@ -97,8 +97,8 @@ def real_positions(mask: object, batch: int, tokens: int, past: int = 0) -> list
     Parameters
     ----------
     mask
-        ``(batch, past + tokens)`` or longer, as static caches allow; or ``(batch, 1, tokens, keys)``, as ``generate`` makes it for static caches, where
-        padding is what no query may look at; or a mask of each kind of layer.
+        ``(batch, past + tokens)`` or longer, as static caches allow; ``(batch, 1, tokens, keys)``, as ``generate``
+        makes it for them, where padding is what no query may look at; or a mask of each kind of layer.
     """
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention")
