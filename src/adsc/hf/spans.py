@@ -92,7 +92,7 @@ def _features(kind: Modality, inputs: Inputs) -> Any:
 
 
 def real_positions(mask: object, batch: int, tokens: int, past: int = 0) -> list[Ints]:
-    """Of each row the positions of its last ``tokens`` that an attention mask does not mark as padding.
+    """Of each row those of the ``tokens`` positions after ``past`` that an attention mask does not mark as padding.
 
     Parameters
     ----------
