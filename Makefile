@@ -9,8 +9,8 @@ READY := $(VENV)/.ready
 demo: $(READY)  ## the model in the box answers questions, dense and reduced
 	$(VENV)/bin/adsc demo
 
-test: $(READY)  ## all tests
-	$(VENV)/bin/python -m pytest -q $(PYTEST)
+test: $(READY)  ## all tests, in as many processes as there are cores
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto $(PYTEST)
 
 test-oldest:  ## the engine's tests with the oldest transformers that is supported
 	$(MAKE) test VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt PYTEST="tests/hf tests/accounting"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import AutoConfig, LlamaConfig, LlavaConfig
 
 import adsc
@@ -21,7 +23,7 @@ from adsc.pocket.splits import stored_image
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 HUB_ID = "llava-hf/llava-1.5-7b-hf"
-PROMISE, USE, PLAN, POCKET = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PROMISE, USE, AROUND, PLAN, POCKET = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
 # Commands of ``adsc``, in blocks and in running text.
 COMMANDS = re.findall(r"^(adsc .*)$", SHELL, re.MULTILINE) + re.findall(
@@ -51,10 +53,14 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path
     return tmp_path
 
 
+def inputs_with_an_image(processor: Any) -> Any:
+    chat = [{"role": "user", "content": [{"type": "image", "image": stored_image(0)}, {"type": "text", "text": "hi"}]}]
+    return processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+
+
 def test_the_promise_in_two_lines(folder: Path) -> None:
     model, processor = adsc.load(folder)
-    chat = [{"role": "user", "content": [{"type": "image", "image": stored_image(0)}, {"type": "text", "text": "hi"}]}]
-    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = inputs_with_an_image(processor)
     plans = []
     generate = model.generate
 
@@ -94,6 +100,32 @@ def test_use(there: Path) -> None:
     written = re.search(r'adsc\.Schedule\.parse\("(.*?)"\)', USE)
     assert written is not None
     assert abs(float(adsc.plan([(0, 576)], 600, adsc.Schedule.parse(written[1]), 32).retained) - 1 / 3) < 1 / 576
+
+
+# PEFT asks for it by its old name.
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_compiled_adapted_and_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor, schedule = build_processor(), adsc.Schedule.parse("2:1/2,4:1/2")
+    model = build_model(len(processor.tokenizer), num_hidden_layers=6, hidden_size=32, intermediate_size=32)
+    inputs = inputs_with_an_image(processor)
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        with adsc.compress(model, schedule):
+            reduced = model(**inputs).logits
+    embedded = {"inputs_embeds": torch.randn(1, 676, 32), "attention_mask": torch.ones(1, 676, dtype=torch.long)}
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the default takes minutes
+    names: dict[str, Any] = {"adsc": adsc, "schedule": schedule, "model": model, "inputs": inputs, "embedded": embedded}
+    counters.clear()
+    # transformers asks whether placeholders and features match, a number in the graph.
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        exec(AROUND, names)
+    assert not counters["graph_break"]
+    assert torch.allclose(names["logits"][:, -1], reduced[:, -1], atol=1e-5)
+    assert not torch.allclose(dense[:, -1], reduced[:, -1], atol=1e-3)
+    adapters = [weight for name, weight in names["model"].named_parameters() if "lora_B" in name]
+    assert any(weight.grad.any() for weight in adapters)
+    (plan,) = names["handle"].last_plans
+    assert [span.tolist() for span in plan.layout.spans] == [list(range(35, 611))]
 
 
 def test_the_plan() -> None:

@@ -328,6 +328,44 @@ def test_a_cache_is_copied_and_cropped():
             network(input_ids=token.expand(2, 1), past_key_values=cache)
 
 
+@pytest.mark.parametrize("family", ["llava", "mistral3"])  # Mistral does not give the cache back
+def test_a_cache_is_filled_with_use_cache_off(family):
+    network, made = model(family), case(family, "single")
+    text, caches, logits = torch.tensor([[5, 6, 7]]), [DynamicCache(), DynamicCache()], []
+    with torch.no_grad(), adsc.compress(network, SCHEDULE):
+        for cache, use_cache in zip(caches, (True, False), strict=True):
+            network(**made.inputs, past_key_values=cache, use_cache=use_cache)
+            logits.append(network(input_ids=text, past_key_values=cache).logits)
+    assert torch.equal(*logits)
+    assert storage_tokens(caches[0]) == storage_tokens(caches[1])
+
+
+@torch.no_grad()
+def test_a_cache_that_a_failed_call_left_uneven():
+    network, made = model("llava"), case("llava", "no_mask")
+    token = torch.tensor([[5]])
+    with adsc.compress(network, SCHEDULE):
+        cache = network(**made.inputs).past_key_values
+        network(input_ids=token, past_key_values=cache)
+    with pytest.raises(adsc.InputError, match="not attached any more; start with a new cache"):
+        network(input_ids=token, past_key_values=cache)
+    with adsc.compress(network, SCHEDULE), pytest.raises(adsc.InputError, match="failed halfway"):
+        network(input_ids=token, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", [("original", "compact"), ("compact", "original")])
+def test_positions_of_one_kind_in_a_cache(positions):
+    network, made = model("llava"), case("llava", "no_mask")
+    configs = [adsc.ADSCConfig(adsc.Schedule.parse(SCHEDULE), positions=kind) for kind in positions]
+    with adsc.compress(network, configs[0]):
+        cache = network(**made.inputs).past_key_values
+    with adsc.compress(network, configs[1]):
+        network(input_ids=torch.tensor([[5]]), past_key_values=cache)  # text has those of the cache
+        with pytest.raises(adsc.InputError, match=f"positions '{positions[1]}' cannot go on"):
+            network(**made.inputs, past_key_values=cache)
+
+
 @pytest.mark.skipif(OLD, reason="reset() leaves the cache at its length in this version")
 def test_a_cache_that_was_reset_starts_anew():
     network, made = model("llava"), case("llava", "single")

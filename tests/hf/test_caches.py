@@ -241,6 +241,22 @@ def test_a_static_cache_made_in_advance(family):
     assert storage_tokens(cache) == list(map(min, allocated(made[0], 100), WINDOWS[family]))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "positions"), [(static, "original"), (dynamic, "original"), (dynamic, "compact")])
+def test_a_mask_for_tokens_to_come(kind, positions):
+    network, made = network_of("llava"), case("llava", "left_padding")
+    mask, text = made.inputs["attention_mask"], torch.randint(1, IMAGE, (3, 2))
+    longer = torch.cat((mask, torch.ones(3, 2, dtype=torch.long), torch.zeros(3, 4, dtype=torch.long)), 1)
+    found = []
+    with adsc.compress(network, adsc.ADSCConfig(adsc.Schedule.parse(SCHEDULE), positions=positions)):
+        for masks in ((mask, longer[:, :-4]), (longer, longer)):
+            cache = kind(network)
+            first = network(**{**made.inputs, "attention_mask": masks[0]}, past_key_values=cache)
+            second = network(input_ids=text, attention_mask=masks[1], past_key_values=cache)
+            found.append((first.logits[:, -1], second.logits))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("family", ["llava", "gemma3"])
 def test_a_full_static_cache_is_an_error(family):
     network, made = network_of(family), batch(family, [[4, TINY[family].images[0], 6]])

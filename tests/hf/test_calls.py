@@ -313,6 +313,32 @@ def test_spans_that_do_not_fit():
             other = {"inputs_embeds": torch.zeros(1, 8, 48)}
             with torch.no_grad(), pytest.raises(adsc.InputError, match="may hide vision tokens"):
                 network(**other)
+            with pytest.raises(adsc.InputError, match="planned already"), handle.budget("1/2"):
+                pass
+            with handle.budget(1):
+                assert not handle.method.reduces
+
+
+def test_a_language_model_that_generate_runs_is_planned_for():
+    class MyCache(transformers.DynamicCache):
+        pass
+
+    network, made = model("blip-2"), case("blip-2", "single")
+    with adsc.compress(network, SCHEDULE) as handle, handle.planned(made.inputs):
+        network.generate(**made.inputs, max_new_tokens=3)
+        assert len(handle.last_plans) == 1
+        with pytest.raises(adsc.UnsupportedModelError, match="a MyCache cannot be reduced"):
+            network.generate(**made.inputs, max_new_tokens=3, past_key_values=MyCache())
+
+
+@torch.no_grad()
+def test_another_prompt_of_the_planned_length():
+    network, image = model("llava"), TINY["llava"].images[0]
+    planned, other = batch("llava", [[4, image, 6]]), batch("llava", [[6, image, 4]])
+    with adsc.compress(network, SCHEDULE) as handle:
+        expected = network(**other.inputs).logits
+        with handle.planned(planned.inputs):
+            assert torch.equal(network(**other.inputs).logits, expected)
 
 
 def test_the_pipeline_for_images_and_text():

@@ -75,6 +75,20 @@ def test_planned_ahead_by_hand():
 
 
 @torch.no_grad()
+def test_another_prompt_of_the_planned_length():
+    network, image = warm("llava"), TINY["llava"].images[0]
+    planned, other = batch("llava", [[4, image, 6]]), batch("llava", [[6, image, 4]])
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    handle = adsc.attach(compiled, SCHEDULE)
+    with handle.planned(planned.inputs):
+        found = [compiled(**made.inputs).logits for made in (planned, other, planned)]
+    handle.remove()
+    for made, logits in zip((planned, other, planned), found, strict=True):
+        kept = kept_positions(made)
+        assert difference(logits, masked_dense(network, made.inputs, kept), kept[-1]) <= 1e-5
+
+
+@torch.no_grad()
 def test_not_planned_ahead_the_graph_breaks_and_the_numbers_are_right():
     network, made = warm("llava"), case("llava", "single")
     kept = kept_positions(made)

@@ -100,6 +100,22 @@ def test_a_call_that_failed_leaves_nothing_for_the_next():
         assert torch.equal(network.get_decoder()(input_ids=torch.arange(1, 9)[None]).last_hidden_state, text)
 
 
+@torch.no_grad()
+def test_an_interrupted_call_leaves_nothing_for_the_next():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    network, made = model("llava"), case("llava", "single")
+    text = torch.arange(1, made.inputs["input_ids"].shape[1] + 1)[None]
+    dense = network(input_ids=text).logits
+    with adsc.compress(network, SCHEDULE):
+        tower = network.model.vision_tower.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            network(**made.inputs)
+        tower.remove()
+        assert torch.equal(network(input_ids=text).logits, dense)
+
+
 def test_a_removed_handle_leaves_a_later_one_alone():
     network = copy.deepcopy(model("llava"))
     with adsc.compress(network, SCHEDULE) as first:

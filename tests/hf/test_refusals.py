@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Callable
@@ -294,6 +295,25 @@ def a_cache_of_indexed_layers():
 def a_cache_of_other_rows():
     cache = call("llava").past_key_values
     call("llava", "left_padding", past_key_values=cache, pixel_values=None, attention_mask=None)
+
+
+@situation
+def a_cache_without_its_method():
+    model("llava")(input_ids=torch.tensor([[5]]), past_key_values=call("llava").past_key_values)
+
+
+@situation
+def a_cache_that_is_uneven():
+    cache = call("llava").past_key_values
+    with contextlib.suppress(adsc.InputError):
+        model("llava")(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    call("llava", past_key_values=cache)
+
+
+@situation
+def a_cache_of_other_positions():
+    cache = call("llava", "no_mask").past_key_values
+    call("llava", "no_mask", positions="compact", past_key_values=cache)
 
 
 @situation

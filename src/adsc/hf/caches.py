@@ -74,9 +74,7 @@ class Reduced:
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take in keys and values, and return those to attend to."""
         if self.held is not None and not self.expected:  # it would meet positions and masks of dense layers
-            raise InputError(
-                "the cache was reduced by a method that is not attached any more; attach it or start with a new cache"
-            )
+            raise InputError("the cache was reduced by a method that is not attached any more; start with a new cache")
         self.expected = False
         return super().update(*args, **kwargs)  # type: ignore[misc]
 

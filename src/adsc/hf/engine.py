@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,6 +61,14 @@ class _Planned:
         return _Planned(real, rows, plans, self.tokens, self.device)  # type: ignore[arg-type]
 
 
+class _Ahead(NamedTuple):
+    """A prompt planned before the model is called."""
+
+    batch: int
+    ids: Tensor | None
+    planned: _Planned
+
+
 class _State:
     """What belongs to one thread."""
 
@@ -69,8 +77,9 @@ class _State:
         self.plans: list[Plan] = []
         self.inside = False  # whether the base model is running
         self.planned: _Planned | None = None  # from the base model to its decoder
-        self.ahead: tuple[int, _Planned] | None = None  # before the model is called: batch and what was planned
-        self.own = False  # whether that was done by a hook
+        self.ahead: _Ahead | None = None  # before the model is called
+        self.before: _Ahead | None = None  # the same of the user, while a hook has put its own there
+        self.own = False  # whether it has
 
 
 class _Thread(threading.local):
@@ -163,6 +172,8 @@ class Handle:
         """
         method = as_method(method)
         self._check(method)
+        if method.reduces and self._thread.state.ahead is not None and not self._thread.state.own:
+            raise InputError("the prompt is planned already; say handle.planned(...) inside of handle.budget(...)")
         methods = self._thread.state.methods
         methods.append(method)
         try:
@@ -177,7 +188,7 @@ class Handle:
         Raises
         ------
         InputError
-            When no schedule reaches the budget (see :meth:`adsc.Schedule.for_budget`).
+            When no schedule reaches the budget (see :meth:`adsc.Schedule.for_budget`), and inside :meth:`planned`.
         """
         with self.using(self._method.for_budget(self.num_layers, retained)):
             yield self
@@ -189,7 +200,8 @@ class Handle:
         """Plan before the model is called, for the prompts of this block, in this thread only.
 
         A compiled forward pass needs it, because planning reads numbers that its graph cannot know; and so does a
-        prompt of ``inputs_embeds`` alone, where nothing tells which embeddings are vision tokens.
+        prompt of ``inputs_embeds`` alone, where nothing tells which embeddings are vision tokens. Other prompts are not
+        mistaken for it by their ids; inside a graph, and as embeddings, by their length alone.
 
         Parameters
         ----------
@@ -212,7 +224,7 @@ class Handle:
         else:
             rows = [row_layout(places, found) for places, found in zip(real, spans_of_rows(spans, batch), strict=True)]
         before = self._thread.state.ahead
-        self._thread.state.ahead = batch, self._plan(real, rows, inputs)
+        self._thread.state.ahead = _Ahead(batch, inputs.get("input_ids"), self._plan(real, rows, inputs))
         try:
             yield self
         finally:
@@ -264,23 +276,32 @@ class Handle:
         """What the user had planned, if it is for this call."""
         if self._thread.state.ahead is None:
             return None
-        batch, planned = self._thread.state.ahead
+        batch, ids, planned = self._thread.state.ahead
         rows, length = _shape(inputs)
-        cache = inputs.get("past_key_values")
+        cache, given = inputs.get("past_key_values"), inputs.get("input_ids")
         if length != planned.tokens or rows % batch or (cache is not None and cache.get_seq_length()):
+            return None
+        if ids is None or given is None or torch.compiler.is_compiling():
+            return planned.repeated(rows // batch)
+        if not torch.equal(ids.to(given.device).repeat_interleave(rows // batch, 0), given):
             return None
         return planned.repeated(rows // batch)
 
     def _enter_compiled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In front of a compiled model: what its graph cannot do."""
-        inputs = _named(self.model.forward, args, kwargs)
-        if self.method.reduces and self._thread.state.ahead is None and has_vision(self._family, inputs):
-            self._thread.state.ahead = len(_tokens(inputs)), self._plan_call(inputs)
-            self._thread.state.own = True
+        inputs, state = _named(self.model.forward, args, kwargs), self._thread.state
+        if not state.own:  # an interrupted call may have left its own
+            state.before, state.own = state.ahead, True
+        state.ahead = state.before
+        if self.method.reduces and self._ahead(inputs) is None:
+            state.ahead = None  # the graph knows a prompt by its length alone
+            if has_vision(self._family, inputs):
+                state.ahead = _Ahead(len(_tokens(inputs)), inputs.get("input_ids"), self._plan_call(inputs))
 
     def _leave_compiled(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        if self._thread.state.own:
-            self._thread.state.ahead, self._thread.state.own = None, False
+        state = self._thread.state
+        if state.own:
+            state.ahead, state.before, state.own = state.before, None, False
 
     def _without_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Inputs of the outermost model with those labels ignored that no token can predict any more."""
@@ -310,7 +331,8 @@ class Handle:
 
     def _enter_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Base model: ids and images are seen here, so this is where calls are planned."""
-        self._thread.state.inside = True
+        # Hooks behind a module do not run after an interrupt from the keyboard, so something may be left from before.
+        self._thread.state.inside, self._thread.state.planned = True, None
         inputs, method = _named(module.forward, args, kwargs), self.method
         cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
         if not method.reduces:
@@ -394,8 +416,11 @@ class Handle:
             not self._thread.state.inside and self.method.reduces
         ):  # generate of BLIP-2, for one, runs its language model
             planned = self._ahead(inputs)
-            self._thread.state.plans = planned.plans if planned else []
-            if planned is None and inputs.get("input_ids") is None and not _is_reduced(cache):
+            if planned is not None or not _is_reduced(cache):  # a decoding step leaves the plans of its prompt
+                self._thread.state.plans = planned.plans if planned else []
+            if planned is not None:
+                self._check_call(cache)
+            elif inputs.get("input_ids") is None and not _is_reduced(cache):
                 self._check_embeds(inputs)
         if planned is None and not _is_reduced(cache):
             return None
@@ -404,7 +429,7 @@ class Handle:
         past = 0 if cache is None else cache.get_seq_length()
         if planned is not None:
             extent = Extent(batch, width, int(past), tokens.device)
-            self._check_held(cache, batch)
+            self._check_held(cache, extent, self.method.positions)
             self._check_length(extent)
             self._check_flash(inputs, planned, extent)
             numbered = _not_padding(inputs.get("attention_mask"), extent) if self._renumbers(cache) else None
@@ -412,7 +437,7 @@ class Handle:
         else:
             extent = Extent(batch, width, past, tokens.device)
             self._check_call(cache)
-            self._check_held(cache, batch)
+            self._check_held(cache, extent)
             self._check_length(extent)
             self._check_flash(inputs, None, extent)
             real = partial(_not_padding, inputs.get("attention_mask"), extent)
@@ -427,11 +452,21 @@ class Handle:
             raise InputError("positions 'compact' cannot be had with a static cache; use a dynamic one, or 'original'")
         return compact
 
-    def _check_held(self, cache: Any, batch: int) -> None:
+    def _check_held(self, cache: Any, extent: Extent, positions: str | None = None) -> None:
         for layer in range(self.num_layers):
             held = caches.held(cache, layer)
-            if held is not None and len(held.columns) != batch:
-                raise InputError(f"the cache was reduced for {len(held.columns)} rows, but this call has {batch}")
+            if held is None:
+                continue
+            if len(held.columns) != extent.batch:
+                raise InputError(
+                    f"the cache was reduced for {len(held.columns)} rows, but this call has {extent.batch}"
+                )
+            if positions is not None and held.compact != (positions == "compact"):
+                raise InputError(
+                    f"positions {positions!r} cannot go on where the cache has others; start with a new cache"
+                )
+            if isinstance(extent.past, int) and cache.layers[layer].get_seq_length() != extent.past:
+                raise InputError("a call on this cache failed halfway through its layers; start with a new cache")
 
     def _enter_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hooked:
         """Decoder layer: swap in what its stage sees. Runs again under checkpointing, so only the call counts."""
@@ -505,8 +540,10 @@ class Handle:
             return None
         if not call.reached:
             raise UnsupportedModelError(f"{type(module).__name__} does not hand keywords on to its layers")
-        if call.planned and output.past_key_values is not None:
-            remember(call, output.past_key_values)
+        cache = kwargs.get("past_key_values")
+        cache = output.past_key_values if cache is None else cache  # use_cache=False fills a given one all the same
+        if call.planned and cache is not None:
+            remember(call, cache)
         last = call.views[-1]
         if last is None:
             return output
@@ -600,7 +637,7 @@ def _is_reduced(cache: Any) -> bool:
 
 def _not_padding(mask: Any, extent: Extent) -> Tensor:
     """Which positions of layer 0, ``(batch, past + tokens)``, hold tokens."""
-    shape = extent.batch, extent.past + extent.tokens
-    if not isinstance(mask, Tensor) or mask.shape != shape:
-        return torch.ones(shape, dtype=torch.bool, device=extent.device)
-    return mask.to(extent.device).bool()
+    length = extent.past + extent.tokens
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < length:
+        return torch.ones((extent.batch, length), dtype=torch.bool, device=extent.device)
+    return mask[:, :length].to(extent.device).bool()

@@ -246,7 +246,9 @@ def _video_grids(placeholders: int, config: PreTrainedConfig, inputs: Inputs) ->
 
 
 def _unframed(tokens: int, _: object) -> Frames:
-    raise InputError("video features computed beforehand do not tell their frames; videos need a plain forward pass")
+    raise InputError(
+        "video features computed beforehand, as in generate, do not tell frames; use handle.planned(inputs)"
+    )
 
 
 _QWEN_IMAGES = Modality(
@@ -330,13 +332,13 @@ def _gemma4(pooled: bool) -> Family:
 
 # Functions of modules only, no lambdas: a model can be pickled with its handle.
 FAMILIES = {
-    "llava": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
-    "paligemma": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
-    "gemma3": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
-    "shieldgemma2": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
+    "llava": _EQUAL,
+    "paligemma": _EQUAL,
+    "gemma3": _EQUAL,
+    "shieldgemma2": _EQUAL,
     "mistral3": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _row_frames),)),
     "lighton_ocr": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _ungridded),)),
-    "llama4": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),  # of tiles
+    "llama4": _EQUAL,  # of tiles
     "phi4_multimodal": Family(
         (Modality("vision_config.image_token_id", "image_pixel_values", "image", _phi4_images, _ungridded),)
     ),
@@ -374,7 +376,7 @@ FAMILIES = {
         (Modality("video_token_id", "pixel_values", "", partial(_equal_tiles, "pixel_values"), None),)
     ),
     "instructblip": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _ungridded),)),
-    "chameleon": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
+    "chameleon": _EQUAL,
     "emu3": Family((Modality("image_token_id", "pixel_values", "image", _emu3_images, _ungridded),)),
     "fuyu": Family(
         (
@@ -383,7 +385,7 @@ FAMILIES = {
             Modality("image_token_id", "image_patches", "", _rows_and_newlines, None),
         )
     ),
-    "fast_vlm": Family((Modality("image_token_id", "pixel_values", "image", _llava_images, _square),)),
+    "fast_vlm": _EQUAL,
     "deepseek_ocr2": Family((Modality("image_token_id", "pixel_values", "image", _tiles_and_whole, _ungridded),)),
     "perception_lm": Family(
         (

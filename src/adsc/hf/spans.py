@@ -92,18 +92,18 @@ def _features(kind: Modality, inputs: Inputs) -> Any:
 
 
 def real_positions(mask: object, batch: int, tokens: int, past: int = 0) -> list[Ints]:
-    """Of each row the positions of its last ``tokens`` that an attention mask does not mark as padding.
+    """Of each row those of the ``tokens`` positions after ``past`` that an attention mask does not mark as padding.
 
     Parameters
     ----------
     mask
-        ``(batch, past + tokens)``; or ``(batch, 1, tokens, keys)``, as ``generate`` makes it for static caches, where
-        padding is what no query may look at; or a mask of each kind of layer.
+        ``(batch, past + tokens)`` or longer, as static caches allow; ``(batch, 1, tokens, keys)``, as ``generate``
+        makes it for them, where padding is what no query may look at; or a mask of each kind of layer.
     """
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        rows = mask[:, -tokens:].bool()
+        rows = mask[:, past : past + tokens].bool()
     elif isinstance(mask, torch.Tensor) and mask.ndim == 4:
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         rows = seen.any(1).any(1)[:, past : past + tokens].expand(batch, -1)

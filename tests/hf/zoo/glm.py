@@ -29,10 +29,10 @@ TOKENS = {
     "video_token_id": VIDEO,
     "image_start_token_id": VISION_START,
     "image_end_token_id": VISION_END,
-    "video_start_token_id": 254,
-    "video_end_token_id": 255,
+    "video_start_token_id": MARKER,
+    "video_end_token_id": MARKER + 1,
 }
-SIZES = (Image(4, 6), Image(3, 3), Image(5, 4))
+SIZES, MOVIE = (Image(4, 6), Image(3, 3), Image(5, 4)), Image(2, 4, frames=3)
 MARKERS = ([VISION_START], [VISION_END])
 
 
@@ -249,7 +249,7 @@ def stamped(image: Image) -> list[int]:
 
 
 def gridded(build: Any) -> Tiny:
-    return Tiny(build, grid_tokens, qwen_pixels, SIZES, prompt=stamped, video=Image(2, 4, frames=3))
+    return Tiny(build, grid_tokens, qwen_pixels, SIZES, prompt=stamped, video=MOVIE)
 
 
 def build_dots3_note() -> torch.nn.Module:
@@ -344,10 +344,17 @@ LOW = 3  # rows and columns of the whole picture at low resolution
 
 
 def molmo2_tokens(image: Image) -> list[int]:
+    if image.frames > 1:  # at one resolution
+        return grid_tokens(image)
     return [LOW * LOW + image.height * image.width]
 
 
 def molmo2_ids(image: Image) -> list[int]:
+    """Two views of an image, with a marker after each row; of a video each frame between markers, behind its time."""
+    if image.frames > 1:
+        frame = [VISION_START, *[IMAGE] * (image.height * image.width), VISION_END]
+        return [token for time in range(image.frames) for token in (48 + time, *frame)]
+
     def view(height: int, width: int) -> list[int]:
         return [VISION_START, *([IMAGE] * width + [MARKER]) * height, VISION_END]
 
@@ -360,22 +367,42 @@ def molmo2_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def molmo2_pixels(images: list[Image], generator: torch.Generator) -> dict[str, torch.Tensor]:
-    # Crops of 6 x 6 patches: the whole picture, and one that all of its high resolution comes from.
-    tokens = [molmo2_tokens(image)[0] for image in images]
+    # Crops of 6 x 6 patches: the whole picture, and one that all of its high resolution comes from; or a frame.
+    film = images[0].frames > 1
+    patches = 36 if film else 72
+    tokens = [n for image in images for n in molmo2_tokens(image)]
+    pixels = torch.randn(len(tokens) * patches // 36, 36, 3 * 4 * 4, generator=generator)
+    pooling = [patches * i + torch.randint(patches, (n, 4), generator=generator) for i, n in enumerate(tokens)]
+    if film:
+        grids = torch.tensor([(video.frames, video.height, video.width) for video in images])
+        return {"pixel_values_videos": pixels, "video_token_pooling": torch.cat(pooling), "video_grids": grids}
     return {
-        "pixel_values": torch.randn(2 * len(images), 36, 3 * 4 * 4, generator=generator),
-        "image_token_pooling": torch.cat(
-            [72 * i + torch.randint(72, (n, 4), generator=generator) for i, n in enumerate(tokens)]
-        ),
+        "pixel_values": pixels,
+        "image_token_pooling": torch.cat(pooling),
         "image_grids": torch.tensor([(LOW, LOW, image.height, image.width) for image in images]),
         "image_num_crops": torch.full((len(images),), 2),
     }
 
 
+def glm_ids(image: Image) -> list[int]:
+    """A frame of a video has the same placeholder as an image, between the same markers, before its time."""
+    picture = [VISION_START, *[IMAGE] * (image.height * image.width), VISION_END]
+    if image.frames == 1:
+        return picture
+    frames = [token for time in range(image.frames) for token in (*picture, 48 + time)]
+    return [TOKENS["video_start_token_id"], *frames, TOKENS["video_end_token_id"]]
+
+
+def glm_types(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """1 for images, 2 inside of videos."""
+    starts, ends = ((ids == TOKENS[f"video_{side}_token_id"]).cumsum(1) for side in ("start", "end"))
+    return {"mm_token_type_ids": (ids == IMAGE).int() * (1 + (starts > ends).int())}
+
+
 def glm(build: Any) -> Tiny:
-    # A frame of a video has the same placeholder as an image, between its own markers and a time stamp. The model
-    # takes images or videos in a batch, never both.
-    return Tiny(build, grid_tokens, qwen_pixels, SIZES, axes=3, markers=MARKERS, extra=token_types)
+    return Tiny(
+        build, grid_tokens, qwen_pixels, SIZES, axes=3, prompt=glm_ids, extra=glm_types, video=MOVIE, mixes=False
+    )
 
 
 TINY = {
@@ -392,7 +419,7 @@ TINY = {
         axes=3,
         markers=MARKERS,
         extra=ernie_types,
-        video=Image(2, 4, frames=3),
+        video=MOVIE,
     ),
     "hunyuan_vl": Tiny(
         build_hunyuan_vl,
@@ -407,7 +434,7 @@ TINY = {
     "minimax_m3_vl": gridded(build_minimax_m3_vl),
     "muse_glimmer": gridded(build_muse_glimmer),
     "muse_spark": gridded(build_muse_spark),
-    # An image's two views are one span. The model takes images or videos in a batch, not both.
+    # An image's two views are one span.
     "molmo2": Tiny(
         build_molmo2,
         molmo2_tokens,
@@ -416,6 +443,8 @@ TINY = {
         grids=False,
         prompt=molmo2_ids,
         extra=molmo2_types,
+        video=MOVIE,
+        mixes=False,
     ),
 }
 # Those that this version of transformers has.

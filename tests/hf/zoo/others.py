@@ -237,6 +237,8 @@ TINY = {
         instructblipvideo_pixels,
         (Image(frames=2),) * 3,
         grids=False,
+        video=Image(frames=2),
+        mixes=False,
         words=False,
     ),
     "chameleon": Tiny(build_chameleon, lambda image: [25], pixels_10),

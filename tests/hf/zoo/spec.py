@@ -64,6 +64,8 @@ class Tiny:
         Further inputs that the processor makes out of ``input_ids``.
     video
         A video, where the family takes any.
+    mixes
+        Whether images may stand beside a video.
     words
         Whether it takes prompts without images.
     """
@@ -78,6 +80,7 @@ class Tiny:
     prompt: Callable[[Image], list[int]] | None = None
     extra: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None
     video: Image | None = None
+    mixes: bool = True
     words: bool = True
 
     def ids(self, image: Image) -> list[int]:
