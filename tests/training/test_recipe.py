@@ -21,7 +21,7 @@ data: {train: [a.jsonl, "b/*.parquet"]}
 FULL = """
 model: src/adsc/pocket/model
 output: runs/y
-data: {train: {pocket: train}, validation: val.jsonl, bad_rows: fail}
+data: {train: {pocket: train}, validation: {pocket: validation, rows: 9}, bad_rows: fail}
 method: {retained: 1/9, pattern: grid, positions: compact, vision_tokens: 256}
 curriculum:
   kind: elastic
@@ -62,7 +62,7 @@ def test_plain(write: Write) -> None:
 def test_full(write: Write) -> None:
     recipe = read(write(FULL))
     assert recipe.data.train == Pocket(pocket="train")
-    assert recipe.data.validation == ("val.jsonl",)
+    assert recipe.data.validation == Pocket(pocket="validation", rows=9)
     assert recipe.curriculum.warm == Fraction(1, 4)
     assert recipe.lora.targets == ("q_proj", "v_proj")
     assert recipe.training["learning_rate"] == 2e-4  # which YAML 1.1 takes for text
@@ -127,6 +127,7 @@ def test_image_tokens() -> None:
     ("method.schedule=0:1/2", "method.schedule: reduction at layer 0; the first decoder layer that can reduce is 1"),
     ("method.schedule=[1]", "method.schedule is [1]; it must be text like '8:1/2,16:1/2'"),
     ("data.train=3", "data.train is 3; it must be a path or pattern of files, a list of them, or {pocket: train}"),
+    ("data.train={pocket: train, rows: 0}", "data.train is {'pocket': 'train', 'rows': 0}; it must be a path"),
     ("data.train=[]", "data.train is []; it must be a path"),
     ("data.train={pocket: trian}", "data.train is {'pocket': 'trian'}; it must be a path"),
     ("data={}", "data.train is missing"),

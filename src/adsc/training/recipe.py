@@ -67,9 +67,11 @@ class _Part(BaseModel):
 
 
 class Pocket(_Part):
-    """Scenes of the model in the box, by split."""
+    """Scenes of the model in the box: a split, and how many rows of how many questions each (all, and one)."""
 
-    pocket: Literal["train", "validation", "test"]
+    pocket: Literal["train", "validation"]
+    rows: int | None = Field(default=None, ge=1)
+    turns: int | None = Field(default=None, ge=1)
 
 
 Ratio = Annotated[Fraction, BeforeValidator(fraction), PlainSerializer(str)]
@@ -77,7 +79,7 @@ Text = Annotated[Schedule, BeforeValidator(_schedule), PlainSerializer(str)]
 Names = tuple[Annotated[str, Field(min_length=1)], ...]
 Sources = Annotated[
     Annotated[Names, BeforeValidator(_listed), Field(min_length=1)] | Pocket,
-    _must_be("a path or pattern of files, a list of them, or {pocket: train} (validation, test)"),
+    _must_be("a path or pattern of files, a list of them, or {pocket: train} (or validation; rows, turns)"),
 ]
 Targets = Annotated[Literal["all-linear"] | Names, _must_be("all-linear or a list of names like [q_proj, v_proj]")]
 
