@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,12 +98,18 @@ class _Say(TrainerCallback):
         print("step", state.global_step, flush=True)
 
 
+class _Stop(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if f"stop={state.global_step}" in sys.argv and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main() -> None:
     from adsc.training.recipe import read
     from adsc.training.trainer import train
 
     torch.set_num_threads(1)
-    outcome = train(read(sys.argv[1]), resume="resume" in sys.argv[2:], callbacks=[_Say()])
+    outcome = train(read(sys.argv[1]), resume="resume" in sys.argv[2:], callbacks=[_Say(), _Stop()])
     if int(os.environ.get("RANK", 0)) == 0:
         print("stopped" if outcome.stopped else "finished", outcome.step, flush=True)
         Path(sys.argv[1]).with_suffix(".history").write_text(json.dumps(outcome.history))

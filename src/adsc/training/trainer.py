@@ -1,7 +1,8 @@
 """The trainer: TRL's SFTTrainer, whose model is reduced by the schedule of the step and may learn from itself dense.
 
 What a step does depends on the seed and the number of the step alone. So a run that was killed goes on from its last
-checkpoint to the same losses and weights, and all processes of a run agree without a word.
+checkpoint to the same losses and weights, and all processes of a run agree without a word. (Where ``logging_steps``
+does not divide the step of the checkpoint, the first loss that is logged behind it is the mean of fewer steps.)
 """
 
 from __future__ import annotations
