@@ -93,11 +93,17 @@ class Data(_Part):
         Files or patterns of files, or a split of the model in the box.
     bad_rows
         Whether a row that cannot be read is skipped (and counted) or ends the training.
+    images
+        Folder that the images' paths start from; by default that of the file which names them.
+    remote_images
+        Whether images may be fetched from the net.
     """
 
     train: Sources
     validation: Sources | None = None
     bad_rows: Literal["skip", "fail"] = "skip"
+    images: str | None = None
+    remote_images: bool = False
 
 
 class Method(_Part):

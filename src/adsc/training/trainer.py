@@ -390,8 +390,10 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Iterable[TrainerCa
         peft_config=lora_config(model, recipe.lora),
         processing_class=processor,
         data_collator=Collator(processor, config=config, keeps_last_token=method.keeps_last_token),
-        train_dataset=as_dataset(_rows(recipe, recipe.data.train)),
-        eval_dataset=None if recipe.data.validation is None else as_dataset(_rows(recipe, recipe.data.validation)),
+        train_dataset=as_dataset(_rows(recipe, recipe.data.train, processor)),
+        eval_dataset=None
+        if recipe.data.validation is None
+        else as_dataset(_rows(recipe, recipe.data.validation, processor)),
         callbacks=[*callbacks, *_tensorboard(recipe, args, output / "logs", checkpoint)],
     )
     if trainer.is_world_process_zero():
@@ -509,7 +511,15 @@ def _tensorboard(recipe: Recipe, args: SFTConfig, folder: Path, checkpoint: Path
     return [TensorBoardCallback(SummaryWriter(str(folder), purge_step=step))]
 
 
-def _rows(recipe: Recipe, sources: Any) -> Any:
-    if isinstance(sources, tuple):
-        return open_rows(sources, bad_rows=recipe.data.bad_rows)
-    return open_rows(sources.model_dump(exclude_none=True))
+def _rows(recipe: Recipe, sources: Any, processor: Any) -> Any:
+    if not isinstance(sources, tuple):
+        return open_rows(sources.model_dump(exclude_none=True))
+    reserved = [getattr(processor, name, None) for name in ("image_token", "video_token")]
+    data = recipe.data
+    return open_rows(
+        sources,
+        images=data.images,
+        bad_rows=data.bad_rows,
+        remote_images=data.remote_images,
+        reserved=[token for token in reserved if isinstance(token, str)],
+    )
