@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from fractions import Fraction
@@ -220,6 +221,13 @@ def test_what_is_said_to_be_supported() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     assert f'"transformers>={oldest},' in project
     assert f'"torch>={torch_oldest}"' in project
+
+
+def test_what_an_idle_engine_costs() -> None:
+    stored = json.loads((ROOT / "results" / "overhead.json").read_text())["overhead of retained=1"]
+    low, high = (100 * (ratio - 1) for ratio in stored["interval"])
+    assert f"{100 * (stored['ratio'] - 1):.1f} % of a prefill" in README
+    assert f"{low:.1f} to {high:.1f} %" in README
 
 
 def test_what_is_named_is_there() -> None:
