@@ -15,7 +15,7 @@ import adsc
 from adsc.errors import InputError
 from adsc.pocket import MODEL_FOLDER
 from adsc.pocket.building import CHAT_TEMPLATE, build_tokenizer
-from adsc.training.collating import Collator, align
+from adsc.training.collating import Collator, align, segment_mask
 from adsc.training.data import PocketQuestions
 
 SCHEDULE = "4:1/2,9:1/3,16:1/2"
@@ -363,3 +363,52 @@ def test_align():
     assert align([1, 4, 9, 4, 2, 3], [1, 44, 9, 9, 44, 2, 3], {9}) == [0, None, None, None, 5, 6]
     found = [place for place in align([1, 2, 9, 3, 9, 4], [1, 2, 9, 9, 3, 9, 9, 4], {9}) if place is not None]
     assert all(a < b for a, b in pairwise(found))
+
+
+# Independent turns
+
+
+@pytest.mark.parametrize("name", ["pocket", "llava_next", "llava_1_5", "idefics3"])
+@pytest.mark.parametrize("images", [1, 2])
+def test_an_independent_turn_has_the_tokens_labels_and_positions_it_has_alone(name, images):
+    processor, config = processor_and_config(name)
+    pictures = [Image.new("RGB", (30, 20), "red"), Image.new("RGB", (20, 34), "blue")][:images]
+    asked = [("what is this?", "a red circle."), ("is it round?", "yes, it is."), ("what?", "a circle.")]
+    merged = talk(*(said for pair in asked for said in pair))
+    merged[0]["content"] = [IMAGE] * images + merged[0]["content"]
+    single = {"messages": talk([IMAGE] * images + [text(asked[0][0])], asked[0][1]), "images": pictures}
+    collate = Collator(processor, config=config, independent_turns=True)
+    batch = collate([{"messages": merged, "images": pictures}, single])
+    plain = Collator(processor, config=config)
+    segments = batch["segments"][0]
+    mask = segment_mask(batch["segments"], torch.float32)
+    for number, (question, answer) in enumerate(asked, start=1):
+        row = {"messages": talk([IMAGE] * images + [text(question)], answer), "images": pictures}
+        alone = plain([row])
+        seen = (segments == 0) | (segments == number)
+        for key in ("input_ids", "labels"):
+            assert batch[key][0, seen].tolist() == alone[key][0].tolist()
+        assert batch["position_ids"][0, seen].tolist() == list(range(alone["input_ids"].shape[1]))
+        last = seen.nonzero()[-1, 0]
+        assert torch.equal(mask[0, 0, last] == 0, seen)
+    assert (batch["attention_mask"] == (batch["segments"] >= 0)).all()
+    assert batch["attention_mask"][1].sum() == plain([single])["input_ids"].shape[1]
+    assert set(batch["segments"][1].tolist()) == {0, 1, -1}
+    assert (batch["labels"][batch["segments"] == -1] == -100).all()
+
+
+def test_a_conversation_with_images_further_on_stays_whole():
+    processor, config = processor_and_config("pocket")
+    collate = Collator(processor, config=config, independent_turns=True)
+    batch = collate(rows()[1:2])
+    assert set(batch["segments"][0].tolist()) == {0, 1}
+    plain = Collator(processor, config=config)(rows()[1:2])
+    for key in ("input_ids", "labels"):
+        assert torch.equal(batch[key], plain[key])
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+def test_independent_turns_are_refused_where_the_model_wants_more_than_a_mask(name):
+    processor, config = processor_and_config(name)
+    with pytest.raises(InputError, match=f"which {config.model_type} does not have; set it to false"):
+        Collator(processor, config=config, independent_turns=True)

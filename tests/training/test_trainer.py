@@ -158,6 +158,53 @@ def hidden(inputs):
         return model("llava").base_model(**inputs).last_hidden_state
 
 
+def test_independent_turns_share_their_image_and_change_nothing(folder, tmp_path):
+    rows = open_rows(folder / "rows" / "rows.jsonl")
+    merged, alone = [], []
+    for first in range(0, 12, 3):  # the questions of three rows about the image of the first
+        images, turns = rows[first]["images"], [rows[first + more]["messages"] for more in range(3)]
+        asked = [[{**turn[0], "content": turn[0]["content"][-1:]}, turn[1]] for turn in turns]
+        merged.append({"messages": [*turns[0], *asked[1], *asked[2]], "images": images})
+        image = turns[0][0]["content"][:1]
+        alone += [
+            {"messages": [{**q, "content": [*image, *q["content"]]}, answer], "images": images} for q, answer in asked
+        ]
+    trainer = made_trainer(folder, tmp_path, distillation=Distillation(hidden=0.0))
+    unlike_base(trainer)
+    trainer.state.max_steps = 8
+    trainer.model.train()
+    found, gradients = [], []
+    for examples, independent in ((merged, True), (alone, False), (merged, False)):
+        trainer.data_collator.independent_turns = independent
+        batch = trainer.data_collator(examples)
+        count = (batch["labels"][:, 1:] != -100).sum()
+        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=count)
+        loss.backward()
+        found.append((int(count), float(loss.detach())))
+        gradients.append({n: w.grad.clone() for n, w in trainer.model.named_parameters() if w.grad is not None})
+        trainer.model.zero_grad()
+    assert found[0] == (found[1][0], pytest.approx(found[1][1], rel=1e-5))
+    assert found[2][1] != pytest.approx(found[1][1], rel=1e-3)  # a conversation is something else
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+    assert trainer.model.training
+    with torch.no_grad():
+        trainer.model.eval()
+        trainer.data_collator.independent_turns = True
+        batch = trainer.data_collator(merged)
+        evaluated = float(trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=found[0][0]))
+    assert 0 < evaluated < found[0][1]  # the reduced model's, without the teacher's part
+
+
+def test_independent_turns_want_a_mask(folder, tmp_path):
+    made = recipe_values(folder, tmp_path / "out", model_init_kwargs={"attn_implementation": "flash_attention_2"})
+    made["data"]["independent_turns"] = True
+    with pytest.raises(adsc.InputError, match="flash_attention_2 does not take"):
+        train(check(made))
+    made["method"]["positions"] = "compact"
+    with pytest.raises(adsc.InputError, match=r"needs method\.positions original"):
+        check(made)
+
+
 def test_a_dense_student_without_an_adapter_has_nothing_to_learn_from_itself(folder, tmp_path):
     trainer = made_trainer(folder, tmp_path, schedule="", distillation=Distillation(), max_steps=1)
     trainer.train()

@@ -97,6 +97,9 @@ class Data(_Part):
         Folder that the images' paths start from; by default that of the file which names them.
     remote_images
         Whether images may be fetched from the net.
+    independent_turns
+        Whether the questions of a conversation are asked as if each were alone, in one row that computes the images
+        once (see :class:`adsc.training.collating.Collator`). For merged conversations of short questions.
     """
 
     train: Sources
@@ -104,6 +107,7 @@ class Data(_Part):
     bad_rows: Literal["skip", "fail"] = "skip"
     images: str | None = None
     remote_images: bool = False
+    independent_turns: bool = False
 
 
 class Method(_Part):
@@ -369,6 +373,8 @@ def check(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
     budgets = recipe.curriculum.budgets
     if len(set(budgets)) < len(budgets):
         raise InputError(f"{name}: curriculum.budgets names one twice: {', '.join(map(str, budgets))}")
+    if recipe.data.independent_turns and recipe.method.positions == "compact":
+        raise InputError(f"{name}: data.independent_turns needs method.positions original; set one of them otherwise")
     return recipe
 
 

@@ -35,7 +35,7 @@ from ..hf.engine import IGNORED, Handle, attach
 from ..hf.families import family_of
 from ..methods import ADSC
 from ..schedule import Schedule
-from .collating import Collator
+from .collating import Collator, segment_mask
 from .curriculum import Curriculum
 from .data import as_dataset, open_rows
 from .distillation import Distillation, forward_kl, head_of, hidden_error, hidden_states
@@ -118,6 +118,10 @@ class ADSCTrainer(SFTTrainer):
     ) -> Any:
         """TRL's loss of the reduced model, and in training what the teacher adds to it."""
         trls: Any = super().compute_loss
+        if (segments := inputs.pop("segments", None)) is not None:
+            mask = segment_mask(segments, self._inner.dtype)
+            with _masked(self._inner.base_model, mask):
+                return self.compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._inner.training:  # evaluate() says which schedule
             return trls(model, inputs, return_outputs, num_items_in_batch)
         metrics = self._metrics["train"]
@@ -224,6 +228,18 @@ class ADSCTrainer(SFTTrainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None for checkpoints: the result has one."""
+
+
+@contextmanager
+def _masked(base: nn.Module, mask: Tensor) -> Iterator[None]:
+    """Calls of a base model in this block get ``mask`` in place of theirs. (TRL counts tokens by the batch's own.)"""
+    hook = base.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class StopOnSignal(TrainerCallback):
@@ -378,6 +394,11 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Iterable[TrainerCa
     family_of(config)
     loading: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     loading.setdefault("dtype", torch.bfloat16 if args.bf16 else torch.float32)
+    if recipe.data.independent_turns and loading.setdefault("attn_implementation", "sdpa") not in ("eager", "sdpa"):
+        raise InputError(
+            f"data.independent_turns need a mask, which {loading['attn_implementation']} does not take; set "
+            "training.model_init_kwargs.attn_implementation to sdpa or eager"
+        )
     model = AutoModelForImageTextToText.from_pretrained(recipe.model, **loading)
     args.model_init_kwargs = None
     processor = AutoProcessor.from_pretrained(recipe.model)
@@ -389,7 +410,12 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Iterable[TrainerCa
         distillation=Distillation(**recipe.distillation.model_dump()),
         peft_config=lora_config(model, recipe.lora),
         processing_class=processor,
-        data_collator=Collator(processor, config=config, keeps_last_token=method.keeps_last_token),
+        data_collator=Collator(
+            processor,
+            config=config,
+            keeps_last_token=method.keeps_last_token,
+            independent_turns=recipe.data.independent_turns,
+        ),
         train_dataset=as_dataset(_rows(recipe, recipe.data.train, processor)),
         eval_dataset=None
         if recipe.data.validation is None
