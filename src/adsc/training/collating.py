@@ -104,11 +104,10 @@ class Collator(DataCollatorForVisionLanguageModeling):
         pairs = zip(asked, examples, strict=True)
         batch = self._batch([{"messages": turns[0], "images": example["images"]} for turns, example in pairs])
         shape = batch["input_ids"].shape
-        if odd := [
-            name for name, value in batch.items() if name not in OURS and getattr(value, "shape", None) == shape
-        ]:
+        others = {name: value for name, value in batch.items() if name not in OURS}
+        if odd := [name for name, value in others.items() if getattr(value, "shape", None) == shape]:
             raise InputError(
-                f"independent_turns: {type(self.processor).__name__} says more of each token ({odd[0]}); set it to false"
+                f"independent_turns: {type(self.processor).__name__} gives {odd[0]} for each token; set it to false"
             )
         rows = []
         for row, (turns, example) in enumerate(zip(asked, examples, strict=True)):
