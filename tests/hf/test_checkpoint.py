@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -230,6 +231,67 @@ def test_an_adapter_beside_its_model(adapter, folder, tmp_path):
         shutil.copytree(source, tmp_path, dirs_exist_ok=True)
     change(tmp_path, base_model_name_or_path="/moved/away")  # the model at hand comes first
     assert torch.equal(logits(adsc.load(tmp_path)[0]), adapter[1])
+
+
+def travelling(adapter: Path, folder: Path, path: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Adapter and model in one folder, the first naming the second by a relative path."""
+    shutil.copytree(folder, path / "model")
+    shutil.copytree(adapter, path / "adapter")
+    change(path / "adapter", base_model_name_or_path="../model")
+    rewrite(path / "adapter", lambda weights: {name: weight.to(dtype) for name, weight in weights.items()})
+    return path / "adapter"
+
+
+def test_an_adapter_travels_with_its_model(adapter, folder, tmp_path, monkeypatch):
+    path = travelling(adapter[0], folder, tmp_path / "box")
+    elsewhere = tmp_path / "some" / "where"
+    elsewhere.mkdir(parents=True)
+    other = copy.deepcopy(model("llava").config)
+    other.text_config.num_hidden_layers = 3
+    type(model("llava"))(other).save_pretrained(elsewhere.parent / "model")
+    monkeypatch.chdir(elsewhere)  # from here "../model" is another one
+    assert torch.equal(logits(adsc.load(path)[0]), adapter[1])
+    assert checkpoint.base_of(str(path)) == str((path.parent / "model").resolve())
+    assert str(checkpoint.read_reduction(str(path)).schedule) == "2:1/3"
+    monkeypatch.chdir(path)
+    assert torch.equal(logits(adsc.load(".")[0]), adapter[1])
+    peft = pytest.importorskip("peft")
+    plain = AutoModelForImageTextToText.from_pretrained("../adapter")  # as transformers reads it, from the right place
+    adapted = peft.PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(path.parent / "model"), path)
+    for network in (plain, adapted.eval()):
+        with adsc.compress(network, "2:1/3"):
+            assert torch.equal(logits(network), adapter[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_in_half_precision_computes_as_its_model(adapter, folder, tmp_path, dtype):
+    network, _ = adsc.load(travelling(adapter[0], folder, tmp_path / "box", torch.float16), dtype=dtype)
+    assert {weight.dtype for name, weight in network.named_parameters() if "lora" in name} == {dtype}
+    if dtype == torch.float32:
+        difference = (logits(network) - adapter[1]).abs().max()
+        assert 0 < difference < 1e-2
+
+
+def test_a_relative_path_that_leads_nowhere_from_the_adapter(adapter, folder, tmp_path, monkeypatch):
+    path = travelling(adapter[0], folder, tmp_path / "box")
+    (path.parent / "model").rename(tmp_path / "model")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # a path from the working directory, as ever
+    assert torch.equal(logits(adsc.load(path)[0]), adapter[1])
+    monkeypatch.chdir(tmp_path / "box")
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(adsc.InputError, match=r"config of '\.\./model', which the adapter") as caught:
+        adsc.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["lacks 4 weights of", "cannot load .*mismatched", "cannot load .*nothing"])
+def test_bad_adapters_that_travel_are_one_line(adapter, folder, pattern, tmp_path):
+    path = travelling(adapter[0], folder, tmp_path / "box")
+    BAD_ADAPTERS[pattern](path)
+    with pytest.raises(adsc.InputError, match=pattern) as caught:
+        adsc.load(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_adapter_without_a_reduction_takes_that_of_its_model(adapter, tmp_path):

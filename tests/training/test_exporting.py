@@ -12,13 +12,13 @@ import peft
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import adsc
 from adsc.methods import ADSC
 from adsc.training import exporting
-from adsc.training.exporting import describe, export, merge
+from adsc.training.exporting import describe, export, merge, ship
 from adsc.training.recipe import Lora, check
 from adsc.training.trainer import lora_config
 from hf.tiny import case
@@ -131,6 +131,62 @@ def test_merged(adapted, tmp_path, attached):
     assert (front["library_name"], front["tags"]) == ("transformers", ["adsc"])
     half, _ = adsc.load(merge(out, tmp_path / "half", dtype=torch.bfloat16))
     assert half.dtype == torch.bfloat16
+
+
+def shipped(adapted, folder, path: Path, **options) -> Path:
+    """Model and adapter in a box, which then moves."""
+    out = exported(adapted, path / "run" / "result")
+    shutil.copytree(folder / "model", path / "packed" / "model")
+    ship(out, path / "packed" / "adapter", path / "packed" / "model", **options)
+    (path / "packed").rename(path / "box")
+    return path / "box" / "adapter"
+
+
+def test_shipped_beside_its_model(adapted, folder, tmp_path, monkeypatch):
+    expected = logits(adapted[0], METHOD)
+    monkeypatch.chdir(tmp_path)
+    box = shipped(adapted, folder, tmp_path, name="the one in the box", figures=FIGURES)
+    assert {path.name for path in box.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "adsc_config.json", "recipe.yaml",
+    }  # fmt: skip
+    weights = load_file(box / "adapter_model.safetensors").values()
+    assert {weight.dtype for weight in weights} == {torch.float16}
+    shutil.rmtree(tmp_path / "run")
+    monkeypatch.chdir("/")
+    network, processor = adsc.load(box)
+    assert network.adsc.method == METHOD
+    assert processor.chat_template == adapted[1].chat_template
+    assert {weight.dtype for weight in network.parameters()} == {torch.float32}
+    assert 0 < (logits(network) - expected).abs().max() < 0.01 * expected.abs().max()
+    text = "".join(path.read_text() for path in box.iterdir() if path.suffix != ".safetensors")
+    assert str(tmp_path) not in text.replace(str(folder), "")  # where it was made is nobody's business
+    assert "# The one in the box, trained" in text
+    assert "| dense | 1.25 | 81.0 ± 0.5 |" in text
+    assert "base_model: " not in text
+    recipe = yaml.safe_load((box / "recipe.yaml").read_text())
+    assert (recipe["model"], recipe["output"]) == ("packed/model", "run")
+    describe(box, {"later": {"loss": 2}}, "the one in the box")
+    assert "| later | 2 |" in (box / "README.md").read_text()
+    merged, _ = adsc.load(merge(box, tmp_path / "merged"))
+    assert (logits(merged) - logits(network)).abs().max() <= 1e-5
+
+
+def test_what_is_not_shipped(adapted, folder, tmp_path):
+    out, other = exported(adapted, tmp_path / "result"), tmp_path / "other"
+    shutil.copytree(folder / "model", other)
+    weights = load_file(other / "model.safetensors")
+    save_file({key: value + 1 for key, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thoughts.txt").write_text("mine")
+    for arguments, message in (
+        ((folder / "model", tmp_path / "new", folder / "model"), "no adapter to ship"),
+        ((out, tmp_path / "notes" / ".." / "result", folder / "model"), "own folder"),
+        ((out, tmp_path / "new", other), "has other weights than"),
+        ((out, tmp_path / "notes", folder / "model"), "something other than a result"),
+    ):
+        with pytest.raises(adsc.InputError, match=message):
+            ship(*arguments)
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_earlier_result_is_replaced_at_once(adapted, tmp_path, monkeypatch):

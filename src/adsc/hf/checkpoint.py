@@ -33,8 +33,8 @@ def load(folder_or_hub_id: str | os.PathLike[str], retained: Ratio | None = None
     Parameters
     ----------
     folder_or_hub_id
-        A checkpoint, or a PEFT adapter, which is put on the model that it names. When it holds an
-        ``adsc_config.json`` (or that model does), that reduction is attached.
+        A checkpoint, or a PEFT adapter, which is put on the model that it names (see :func:`base_of`). When it holds
+        an ``adsc_config.json`` (or that model does), that reduction is attached.
     retained
         Another budget than the saved one, by :meth:`adsc.Schedule.for_budget`; needed where no config is saved.
         1 gives the dense model with the handle attached, ready for ``handle.budget``.
@@ -58,8 +58,8 @@ def load(folder_or_hub_id: str | os.PathLike[str], retained: Ratio | None = None
     # What is small comes first: nothing is left to refuse when the weights are fetched.
     config = read_config(name, **shared)
     family_of(config)
-    base = _base(name, **shared)
-    saved = _found(name, FILE_NAME, **shared) or _found(base, FILE_NAME, **shared)
+    base = base_of(name, **shared)
+    saved = _saved(name, **shared)
     if saved is None and not _is_known_to_lack(name, FILE_NAME, **shared):
         warnings.warn(
             f"no {FILE_NAME} of {name!r} is cached, and the hub could not be asked for it; "
@@ -74,13 +74,12 @@ def load(folder_or_hub_id: str | os.PathLike[str], retained: Ratio | None = None
     processed = any(_found(name, file, **shared) for file in PROCESSOR)
     try:
         processor = AutoProcessor.from_pretrained(name if processed else base, **shared)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
+        model, report = _open(name, base, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"cannot load {name!r}: {_first_line(error)}") from error
     except ImportError as error:  # processors with video need torchvision
         raise InputError(f"cannot load {name!r} yet: {_first_line(error).partition('. ')[0]}") from error
     # An adapter is on by now, and the report is about its weights. Those that were missing are random.
-    model, report = loaded
     if report["missing_keys"] and getattr(model, "peft_config", None):
         missing = sorted(report["missing_keys"])
         raise InputError(f"the adapter {name!r} lacks {len(missing)} weights of {base!r} ({missing[0]}, …)")
@@ -100,7 +99,7 @@ def read_config(name: str, **options: Any) -> Any:
     path = Path(name)
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise InputError(f"there is no folder {name!r}; give the folder of a checkpoint or a hub id like 'owner/name'")
-    base = _base(name, **options)
+    base = base_of(name, **options)
     named = "" if base == name else f", which the adapter {name!r} names"
     try:
         return AutoConfig.from_pretrained(base, **options)
@@ -116,8 +115,40 @@ def depth(config: Any) -> int:
     return layers
 
 
-def _base(name: str, **options: Any) -> str:
-    """The checkpoint that an adapter is for, or ``name`` itself where a model is there: as transformers finds it."""
+def read_reduction(name: str, **options: Any) -> ADSCConfig | None:
+    """The reduction that :func:`load` would attach: saved with a checkpoint or adapter, or else with its model.
+
+    Raises
+    ------
+    InputError
+        When it is not valid.
+    """
+    saved = _saved(name, **options)
+    return ADSCConfig.from_pretrained(saved.parent) if saved else None
+
+
+def base_of(name: str, **options: Any) -> str:
+    """The checkpoint that an adapter is for, or ``name`` itself where a model is there.
+
+    As transformers finds it, but for one thing: where an adapter's folder names its model by a relative path that leads
+    to a folder *from there*, it is that one. So the two may travel together. Only then is it a hub id, or a path from
+    the working directory.
+
+    Raises
+    ------
+    InputError
+        When the adapter cannot be read or does not name its model, or PEFT is missing.
+    """
+    named = _named(name, **options)
+    return str((Path(name) / named).resolve()) if _is_beside(name, named) else named
+
+
+def _is_beside(name: str, named: str) -> bool:
+    return named != name and not os.path.isabs(named) and (Path(name) / named).is_dir()
+
+
+def _named(name: str, **options: Any) -> str:
+    """The model that an adapter names, word for word, or ``name`` itself where a model is there."""
     adapter = None if os.path.isfile(name) else _found(name, ADAPTER, **options)
     if adapter is None:
         return name
@@ -132,6 +163,23 @@ def _base(name: str, **options: Any) -> str:
     if not isinstance(base, str) or not base:
         raise InputError(f'{adapter} does not name its model; set "base_model_name_or_path" to a folder or hub id')
     return base
+
+
+def _open(name: str, base: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model with the adapter on, and the report of what was loaded last."""
+    # transformers puts an adapter on its model by itself, but takes every path from the working directory.
+    shared = {key: options[key] for key in SHARED_OPTIONS if key in options}
+    if not _is_beside(name, _named(name, **shared)):
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(name, output_loading_info=True, **options)
+        return loaded[0], loaded[1]
+    model = AutoModelForImageTextToText.from_pretrained(base, **options)
+    # Without a type the adapter would keep that of its file.
+    report = model.load_adapter(name, dtype=model.dtype)
+    return model, {"missing_keys": report.missing_keys}
+
+
+def _saved(name: str, **options: Any) -> Path | None:
+    return _found(name, FILE_NAME, **options) or _found(base_of(name, **options), FILE_NAME, **options)
 
 
 def _found(name: str, file: str, **options: Any) -> Path | None:

@@ -7,19 +7,23 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..config import FILE_NAME, ADSCConfig
 from ..errors import InputError
-from ..hf.checkpoint import ADAPTER, read_config
+from ..hf.checkpoint import ADAPTER, PROCESSOR, base_of, read_config
 from ..methods import ADSC
 from .recipe import Recipe, read
 
 RECIPE = "recipe.yaml"
+WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 
 Figures = Mapping[str, Mapping[str, object]]
@@ -91,20 +95,78 @@ def merge(folder: str | os.PathLike[str], out: str | os.PathLike[str], **options
     if folder.resolve() == out.resolve():
         raise InputError(f"{out} is the adapter's own folder; merge into another one")
     read_config(str(folder))  # the model it is for is there
-    base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    base = base_of(str(folder))
+    processed = any((folder / file).is_file() for file in PROCESSOR)
     with _renamed(out) as partial:
         model = AutoModelForImageTextToText.from_pretrained(base, **options)
         PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(partial)
         method = ADSC(**vars(ADSCConfig.from_pretrained(folder)))
         text = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).exists() else card(base, method)
         text = text.replace("library_name: peft\n", "library_name: transformers\n").replace("- lora\n", "")
-        _complete(partial, method, AutoProcessor.from_pretrained(folder), text)
+        _complete(partial, method, AutoProcessor.from_pretrained(folder if processed else base), text)
         if (folder / RECIPE).exists():
             shutil.copy(folder / RECIPE, partial / RECIPE)
     return out
 
 
-def describe(folder: str | os.PathLike[str], figures: Figures) -> None:
+def ship(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    figures: Figures | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Copy the adapter of a result folder to where it travels with its model, as small as it goes.
+
+    The adapter names its model by the relative path from ``out`` to ``base``, which :func:`adsc.load` follows. There
+    are no processor files: those of the model serve. Paths of the recipe's model and output become relative to the
+    working directory.
+
+    Parameters
+    ----------
+    folder
+        A result folder.
+    out, base
+        Where the adapter goes, and the folder of its model: both in what is to be moved as a whole.
+    name
+        What the card calls the model.
+    figures
+        Measured figures, for a table in the card.
+    dtype
+        Of the weights in the file; what computes is the type that the model is loaded with.
+
+    Raises
+    ------
+    InputError
+        When ``folder`` holds no adapter, ``base`` has other weights than the model it was trained on, or ``out`` holds
+        something other than a result.
+    """
+    folder, out, base = Path(folder), Path(out), Path(base)
+    if not (folder / ADAPTER).is_file():
+        raise InputError(f"{folder} has no {ADAPTER}, so there is no adapter to ship; give a folder that train wrote")
+    if folder.resolve() == out.resolve():
+        raise InputError(f"{out} is the adapter's own folder; ship to another one")
+    method = ADSC(**vars(ADSCConfig.from_pretrained(folder)))
+    trained_on = Path(base_of(str(folder)))
+    if trained_on.is_dir() and _weights(trained_on) != _weights(base):
+        raise InputError(f"{base} has other weights than {trained_on}, which the adapter was trained on")
+    recipe = None
+    if (folder / RECIPE).exists():
+        recipe = read(folder / RECIPE)
+        recipe = recipe.model_copy(update={"model": _relative(base), "output": _relative(recipe.output)})
+    with _renamed(out) as partial:
+        weights = {key: value.to(dtype).contiguous() for key, value in load_file(folder / WEIGHTS).items()}
+        save_file(weights, partial / WEIGHTS, metadata={"format": "pt"})
+        settings = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        settings["base_model_name_or_path"] = Path(os.path.relpath(base.resolve(), out.resolve())).as_posix()
+        (partial / ADAPTER).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        _complete(partial, method, None, card(str(base), method, recipe, figures, name), recipe)
+    return out
+
+
+def describe(folder: str | os.PathLike[str], figures: Figures, name: str | None = None) -> None:
     """Write the card of a result folder again, with a table of measured figures.
 
     Raises
@@ -116,10 +178,9 @@ def describe(folder: str | os.PathLike[str], figures: Figures) -> None:
     method = ADSC(**vars(ADSCConfig.from_pretrained(folder)))
     if not (folder / ADAPTER).is_file():
         raise InputError(f"{folder} has no {ADAPTER}; give a folder that train wrote")
-    base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
     recipe = read(folder / RECIPE) if (folder / RECIPE).exists() else None
     partial = folder / f".{CARD}.{os.getpid()}"
-    partial.write_text(card(base, method, recipe, figures), encoding="utf-8")
+    partial.write_text(card(base_of(str(folder)), method, recipe, figures, name), encoding="utf-8")
     partial.replace(folder / CARD)
 
 
@@ -131,14 +192,17 @@ def check_free(folder: Path) -> None:
         raise InputError(f"{folder} holds something other than a result, which is left alone; give another folder")
 
 
-def card(base: str, method: ADSC, recipe: Recipe | None = None, figures: Figures | None = None) -> str:
-    """The model card, in the form that the Hugging Face hub reads."""
-    name = Path(base).name if Path(base).is_dir() else base
+def card(
+    base: str, method: ADSC, recipe: Recipe | None = None, figures: Figures | None = None, name: str | None = None
+) -> str:
+    """The model card, in the form that the Hugging Face hub reads. ``name`` is what it calls the model."""
+    called = Path(base).name if Path(base).is_dir() else base
+    title, name = (name[:1].upper() + name[1:], name) if name else (called, f"`{called}`")
     known = "" if Path(base).is_dir() else f"base_model: {base}\n"
     lines = [
         f"---\n{known}library_name: peft\npipeline_tag: image-text-to-text\ntags:\n- adsc\n- lora\n---",
-        f"# {name}, trained to compress its vision tokens",
-        f"A LoRA adapter for `{name}`: at selected decoder layers only a part of the vision tokens goes on "
+        f"# {title}, trained to compress its vision tokens",
+        f"A LoRA adapter for {name}: at selected decoder layers only a part of the vision tokens goes on "
         "(attention-driven self-compression, arXiv 2602.12618), and the adapter has taught the model to move what it "
         "needs into those that stay.",
         "```python\nimport adsc\n\nmodel, processor = adsc.load("
@@ -175,9 +239,21 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(each or " " for each in row) + " |" for row in cells).replace("| None |", "| |")
 
 
+def _weights(folder: Path) -> dict[str, bytes]:
+    """A digest of each file of weights."""
+    return {path.name: sha256(path.read_bytes()).digest() for path in folder.glob("*.safetensors")}
+
+
+def _relative(path: str | os.PathLike[str]) -> str:
+    """A path as the working directory sees it; of one outside, its last part alone."""
+    seen = Path(os.path.relpath(path))
+    return seen.name if ".." in seen.parts else seen.as_posix()
+
+
 def _complete(folder: Path, method: ADSC, processor: Any, text: str, recipe: Recipe | None = None) -> None:
     """Add what makes a result of saved weights."""
-    processor.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
     method.save_pretrained(folder)
     (folder / CARD).write_text(text, encoding="utf-8")  # in place of PEFT's own
     if recipe is not None:
