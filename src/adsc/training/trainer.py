@@ -510,6 +510,7 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     own: dict[str, Any] = {
         "bf16": gpu,
+        "use_cpu": not torch.accelerator.is_available(),  # lets bf16 be asked for
         "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": "none",
         "seed": recipe.seed,
