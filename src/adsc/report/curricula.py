@@ -22,15 +22,15 @@ from .picture import HEADING, INK, PALE, REDUCED, SOFT, check_target
 
 # The model in the box: 24 layers, 256 vision tokens of an image.
 LAYERS, TOKENS = 24, 256
-TARGET = Schedule.parse("4:1/2,8:1/2,12:1/2,16:1/2")  # retained 1/3
+TARGET = Schedule.parse("6:1/2,9:1/4,11:1/8")  # retained 1/3
 BUDGETS = {
     "1": "",
-    "2/3": "12:1/2,16:1/2",
-    "1/2": "8:1/2,12:1/2,16:1/2",
+    "2/3": "12:1/3",
+    "1/2": "10:1/4,12:1/2",
     "1/3": str(TARGET),
-    "2/9": "2:1/2,4:1/2,8:1/2,12:1/2",
-    "1/9": "1:1/4,4:1/2,8:1/2,12:1/2,16:1/2",
-    "1/18": "1:1/16,4:1/4,8:1/2",
+    "2/9": "4:1/2,6:1/8,9:1/2,11:1/8",
+    "1/9": "1:1/2,2:1/2,6:1/16,11:1/4",
+    "1/18": "1:1/16,4:1/2,6:1/8",
 }
 COLUMNS = 240  # moments of the training, and 4 rounds of batches for elastic
 WORDS = {
@@ -64,12 +64,12 @@ def compose() -> Figure:
         box = figure.add_axes((0.045 + 0.178 * index, 0.2, 0.158, 0.56))
         held = vision_tokens(kind)
         image = box.imshow(
-            held, cmap=colors, norm=LogNorm(2, TOKENS), aspect="auto", interpolation="nearest",
+            held, cmap=colors, norm=LogNorm(1, TOKENS), aspect="auto", interpolation="nearest",
             extent=(0, 1 if kind != "elastic" else held.shape[1], LAYERS, 0),
         )  # fmt: skip
         _label(box, kind, first=index == 0)
     bar = figure.add_axes((0.938, 0.2, 0.012, 0.56))
-    ticks = [2**power for power in range(1, 9)]
+    ticks = [2**power for power in range(9)]
     assert image is not None
     legend = figure.colorbar(image, cax=bar, ticks=ticks, format="%d")
     legend.outline.set_visible(False)
