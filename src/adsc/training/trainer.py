@@ -359,6 +359,50 @@ class Outcome:
         return self.folder is None
 
 
+def trainer_for(recipe: Recipe, callbacks: Iterable[TrainerCallback] = ()) -> ADSCTrainer:
+    """The trainer of a recipe, with its model, processor and rows.
+
+    Raises
+    ------
+    InputError
+        When something does not fit.
+    """
+    args = _arguments(recipe, Path(recipe.output) / "checkpoints")
+    config = read_config(recipe.model)
+    method, curriculum = recipe.reduction(config), recipe.curriculum_for(config)
+    family_of(config)
+    loading: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    loading.setdefault("dtype", torch.bfloat16 if args.bf16 else torch.float32)
+    if recipe.data.independent_turns and loading.setdefault("attn_implementation", "sdpa") not in ("eager", "sdpa"):
+        raise InputError(
+            f"data.independent_turns need a mask, which {loading['attn_implementation']} does not take; set "
+            "training.model_init_kwargs.attn_implementation to sdpa or eager"
+        )
+    model = AutoModelForImageTextToText.from_pretrained(recipe.model, **loading)
+    args.model_init_kwargs = None
+    processor = AutoProcessor.from_pretrained(recipe.model)
+    return ADSCTrainer(
+        model,
+        args,
+        method=method,
+        curriculum=curriculum if method.reduces or recipe.curriculum.kind == "elastic" else None,
+        distillation=Distillation(**recipe.distillation.model_dump()),
+        peft_config=lora_config(model, recipe.lora),
+        processing_class=processor,
+        data_collator=Collator(
+            processor,
+            config=config,
+            keeps_last_token=method.keeps_last_token,
+            independent_turns=recipe.data.independent_turns,
+        ),
+        train_dataset=as_dataset(_rows(recipe, recipe.data.train, processor)),
+        eval_dataset=None
+        if recipe.data.validation is None
+        else as_dataset(_rows(recipe, recipe.data.validation, processor)),
+        callbacks=callbacks,
+    )
+
+
 def train(recipe: Recipe, *, resume: bool = False, callbacks: Iterable[TrainerCallback] = ()) -> Outcome:
     """Train as a recipe says. Writes ``checkpoints``, ``logs`` (TensorBoard's, when asked for) and ``adapter``, the
     result, into the recipe's output folder.
@@ -388,40 +432,10 @@ def train(recipe: Recipe, *, resume: bool = False, callbacks: Iterable[TrainerCa
         raise InputError(
             f"{output} holds a training by another recipe (it differs in {', '.join(other)}); choose another output"
         )
-    args = _arguments(recipe, checkpoints)
-    config = read_config(recipe.model)
-    method, curriculum = recipe.reduction(config), recipe.curriculum_for(config)
-    family_of(config)
-    loading: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
-    loading.setdefault("dtype", torch.bfloat16 if args.bf16 else torch.float32)
-    if recipe.data.independent_turns and loading.setdefault("attn_implementation", "sdpa") not in ("eager", "sdpa"):
-        raise InputError(
-            f"data.independent_turns need a mask, which {loading['attn_implementation']} does not take; set "
-            "training.model_init_kwargs.attn_implementation to sdpa or eager"
-        )
-    model = AutoModelForImageTextToText.from_pretrained(recipe.model, **loading)
-    args.model_init_kwargs = None
-    processor = AutoProcessor.from_pretrained(recipe.model)
-    trainer = ADSCTrainer(
-        model,
-        args,
-        method=method,
-        curriculum=curriculum if method.reduces or recipe.curriculum.kind == "elastic" else None,
-        distillation=Distillation(**recipe.distillation.model_dump()),
-        peft_config=lora_config(model, recipe.lora),
-        processing_class=processor,
-        data_collator=Collator(
-            processor,
-            config=config,
-            keeps_last_token=method.keeps_last_token,
-            independent_turns=recipe.data.independent_turns,
-        ),
-        train_dataset=as_dataset(_rows(recipe, recipe.data.train, processor)),
-        eval_dataset=None
-        if recipe.data.validation is None
-        else as_dataset(_rows(recipe, recipe.data.validation, processor)),
-        callbacks=[*callbacks, *_tensorboard(recipe, args, output / "logs", checkpoint)],
-    )
+    trainer = trainer_for(recipe, callbacks=callbacks)
+    method, processor = trainer.method, trainer.processing_class
+    if (writer := _tensorboard(recipe, trainer.args, output / "logs", checkpoint)) is not None:
+        trainer.add_callback(writer)
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         (output / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
@@ -527,15 +541,15 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     return args
 
 
-def _tensorboard(recipe: Recipe, args: SFTConfig, folder: Path, checkpoint: Path | None) -> list[TrainerCallback]:
+def _tensorboard(recipe: Recipe, args: SFTConfig, folder: Path, checkpoint: Path | None) -> TrainerCallback | None:
     if "tensorboard" not in (recipe.training.get("report_to") or ()) or args.process_index:
-        return []
+        return None
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations.integration_utils import TensorBoardCallback
 
     # What was logged behind the checkpoint is logged again.
     step = None if checkpoint is None else _state(checkpoint)["global_step"] + 1
-    return [TensorBoardCallback(SummaryWriter(str(folder), purge_step=step))]
+    return TensorBoardCallback(SummaryWriter(str(folder), purge_step=step))
 
 
 def _rows(recipe: Recipe, sources: Any, processor: Any) -> Any:
