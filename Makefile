@@ -4,7 +4,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-oldest support mutation overhead lint pocket clean
+.PHONY: demo test test-oldest support mutation overhead lint pocket pocket-idefics3 clean
 
 demo: $(READY)  ## the model in the box answers questions, dense and reduced
 	$(VENV)/bin/adsc demo
@@ -35,6 +35,25 @@ pocket: $(READY)  ## train the model in the box from nothing (hours on two cores
 	$(VENV)/bin/torchrun --nproc-per-node 2 -m adsc.pocket.training recipes/pocket.yaml --threads 1
 	$(VENV)/bin/python -m adsc.pocket.training recipes/pocket.yaml --export src/adsc/pocket/model
 	$(VENV)/bin/python -m adsc.pocket.evaluation --processes 2
+
+pocket-idefics3: $(READY)  ## train a second architecture on the same scenes, for comparison (under an hour on one core)
+	$(VENV)/bin/python -m adsc.pocket.training recipes/pocket-idefics3.yaml --threads 1
+	$(VENV)/bin/python -m adsc.pocket.training recipes/pocket-idefics3.yaml --export runs/pocket-idefics3/model
+
+ADAPTERS ?= runs/pocket-elastic
+CONTROLS ?= runs/pocket-dense
+BUDGETS := 1/3 2/9 1/9 1/18
+PREDICT := $(VENV)/bin/python -m adsc.pocket.study predict --processes 2
+
+study: $(READY)  ## the main table, out of trained adapters of three seeds ($(ADAPTERS)-SEED); goes on after a kill
+	$(PREDICT) --name untrained --condition "downsampled 1/9"
+	$(PREDICT) --name untrained --schedules-of $(ADAPTERS)-0/adapter --retained 1 $(BUDGETS)
+	for seed in 0 1 2; do \
+		$(PREDICT) --name dense --seed $$seed --model $(CONTROLS)-$$seed/adapter && \
+		$(PREDICT) --name adsc --seed $$seed --model $(ADAPTERS)-$$seed/adapter --retained 1 $(BUDGETS) || exit 1; \
+	done
+	$(VENV)/bin/python -m adsc.pocket.study table
+	$(VENV)/bin/python -m adsc.report.slope results/pocket/main.json results/pocket/slope.png
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
