@@ -6,13 +6,14 @@ other questions. So vision tokens, most of the work, are computed once an image,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from adsc.pocket.building import ASSISTANT, BOS, END, PAD, USER
+from adsc.pocket.building import ASSISTANT, END, PAD, around_image, vision_tokens
 from adsc.pocket.questions import Question
 
 Turn = tuple[list[int], list[int]]
@@ -28,8 +29,8 @@ def turn(tokenizer: PreTrainedTokenizerFast, question: Question) -> Turn:
 class Packed:
     """The text of some rows; every tensor is (rows, length).
 
-    Ids, labels (-100 where not an answer), number of the question (from 1; -1 in the padding), and position (the first
-    one after the image is 0).
+    Ids, labels (-100 where not an answer), number of the question (from 1; -1 in the padding), and position (that of
+    the question's first token is 0).
     """
 
     text: Tensor
@@ -70,7 +71,7 @@ def pack(rows: list[list[Turn]]) -> Packed:
 
 
 def answer_logits(
-    model: LlavaForConditionalGeneration,
+    model: PreTrainedModel,
     features: Tensor,
     packed: Packed,
     places: Tensor | None = None,
@@ -80,7 +81,8 @@ def answer_logits(
 
     Parameters
     ----------
-    model : LlavaForConditionalGeneration
+    model : PreTrainedModel
+        One that :func:`adsc.pocket.building.build_model` makes.
     features : Tensor
         Projected vision tokens (rows, n, width); n may be 0.
     packed : Packed
@@ -89,22 +91,66 @@ def answer_logits(
     tokens : int, optional
         How many vision tokens the image has; by default n.
     """
-    device, (rows, count) = features.device, features.shape[:2]
+    (rows, count), (before, behind) = features.shape[:2], around_image(model.config)
     embed = model.get_input_embeddings()
-    head = embed(torch.tensor([[BOS, USER]], device=device)).expand(rows, -1, -1)
-    hidden = torch.cat([head.to(features.dtype), features, embed(packed.text).to(features.dtype)], dim=1)
+
+    def each_row(ids: list[int]) -> Tensor:
+        return embed(torch.tensor([ids], dtype=torch.long, device=features.device)).expand(rows, -1, -1)
+
+    parts = [each_row(before), features, each_row(behind), embed(packed.text)]
+    mask, position = _around(model.config, packed, count, features.dtype, places, tokens)
+    output = model.get_decoder()(
+        inputs_embeds=torch.cat([part.to(features.dtype) for part in parts], dim=1),
+        attention_mask=mask,
+        position_ids=position,
+        use_cache=False,
+    ).last_hidden_state
+    return _at_answers(model, output, packed)
+
+
+def image_logits(model: PreTrainedModel, images: Mapping[str, Tensor], packed: Packed) -> tuple[Tensor, Tensor]:
+    """As :func:`answer_logits`, but of ``images`` (what the image processor returns for them, one a row), and through
+    all of the model, so that a method which is attached reduces it. (One that renumbers positions would take a row for
+    a single question.)"""
+    (before, behind), count = around_image(model.config), vision_tokens(model.config.model_type)
+    shared = torch.tensor([*before, *[model.config.image_token_id] * count, *behind], device=packed.text.device)
+    mask, position = _around(model.config, packed, count, model.dtype)
+    output = model.model(
+        input_ids=torch.cat([shared.expand(len(packed.text), -1), packed.text], dim=1),
+        attention_mask=mask,
+        position_ids=position,
+        use_cache=False,
+        **images,
+    ).last_hidden_state
+    return _at_answers(model, output, packed)
+
+
+def _around(
+    config: PreTrainedConfig,
+    packed: Packed,
+    count: int,
+    dtype: torch.dtype,
+    places: Tensor | None = None,
+    tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Additive mask (rows, 1, length, length) and position ids (rows, length), the image's part included."""
+    device, rows = packed.text.device, len(packed.text)
+    start, end = map(len, around_image(config))
     if places is None:
         places = torch.arange(count, device=device).expand(rows, -1)
-    start = torch.arange(2, device=device).expand(rows, -1)
-    position = torch.cat([start, 2 + places, 2 + (count if tokens is None else tokens) + packed.position], dim=1)
-    segment = torch.cat([torch.zeros(rows, 2 + count, dtype=torch.long, device=device), packed.segment], dim=1)
+    following = start + (count if tokens is None else tokens)
+    before, behind = (torch.arange(n, device=device).expand(rows, -1) for n in (start, end))
+    position = torch.cat([before, start + places, following + behind, following + end + packed.position], dim=1)
+    shared = torch.zeros(rows, start + count + end, dtype=torch.long, device=device)
+    segment = torch.cat([shared, packed.segment], dim=1)
     length = segment.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     seen = causal & ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None]))
-    mask = torch.zeros_like(seen, dtype=features.dtype).masked_fill(~seen, torch.finfo(features.dtype).min)
-    output = model.model.language_model(
-        inputs_embeds=hidden, attention_mask=mask[:, None], position_ids=position, use_cache=False
-    ).last_hidden_state
+    mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return mask[:, None], position
+
+
+def _at_answers(model: PreTrainedModel, output: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
     asked = packed.labels != -100
-    before = output[:, 1 + count : -1]  # the position before each text token predicts it
+    before = output[:, -packed.text.shape[1] - 1 : -1]  # the position before each text token predicts it
     return model.lm_head(before[asked]), packed.labels[asked]

@@ -9,6 +9,10 @@ learns at once:
 2. ``tower``: the CLIP tower with its projector learns to turn pixels into those same codes.
 3. ``join``: decoder, projector and tower are trained together on images and answers.
 
+A second architecture (``architecture: idefics3``) is trained the same way, in less time since it begins from the
+weights of the model in the box (``start``). Each of its vision tokens stands for 2 x 2 patches: its code is the sum of
+what they hold, characters of the right half under codes of their own, and the mean of their places.
+
 Questions about one image share its vision tokens in one sequence: each question sees the image and itself, never
 another question, and stands at the positions it has when it is asked alone.
 
@@ -44,10 +48,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from adsc.evaluation.record import store
-from adsc.pocket.building import build_model, build_processor
+from adsc.pocket.building import build_model, build_processor, vision_tokens
 from adsc.pocket.packing import Packed, answer_logits, pack, turn
 from adsc.pocket.questions import TASKS, questions
 from adsc.pocket.scenes import CHARACTERS, COLORS, GRID, PATCH_SIZE, SHAPES, SIZES, SPLIT_SEEDS, Scene, render, scene
@@ -71,20 +75,24 @@ for _name in (
 ):
     FACTS[_name] = len(FACTS)
 CONTENT = slice(2 * GRID, len(FACTS) - 2)  # facts of what is drawn, not of where
+CHARACTER = slice(FACTS[f"character {CHARACTERS[0]}"], FACTS[f"character {CHARACTERS[-1]}"] + 1)
+SECOND = {f"second character {c}": len(FACTS) + i for i, c in enumerate(CHARACTERS)}
+"""Further facts, of a vision token that merges patches: a character in its right half, beside one in its left."""
 LOOK_UPS = ("existence", "attribute", "reading", "grounding")
 GROUPS = {
     "color": tuple(COLORS),
     "shape": SHAPES,
     "size": SIZES,
     "character": tuple(f"character {c}" for c in CHARACTERS),
+    "second character": tuple(SECOND),
 }
 
 
-def codebook(width: int) -> Tensor:
+def codebook(width: int, count: int = len(FACTS)) -> Tensor:
     """One orthonormal code for each fact, (facts, width): fixed, so that decoder and tower can be trained apart."""
     generator = torch.Generator().manual_seed(0)
     q, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
-    return q[: len(FACTS)].contiguous()
+    return q[:count].contiguous()
 
 
 def facts(scene: Scene) -> Tensor:
@@ -105,6 +113,34 @@ def facts(scene: Scene) -> Tensor:
     return held
 
 
+def merged(held: Tensor) -> Tensor:
+    """What 2 x 2 patches hold together, (256, facts) → (64, facts and second facts)."""
+    half = GRID // 2
+    square = held.view(half, 2, half, 2, -1).transpose(1, 2).flatten(0, 1)  # tokens, two rows, two columns, facts
+    together = square.sum((1, 2))
+    together[:, CHARACTER] = square[:, :, 0, CHARACTER].sum(1)
+    together[:, : CONTENT.start] /= 4
+    together[:, CONTENT.stop :] /= 4
+    return torch.cat([together, square[:, :, 1, CHARACTER].sum(1)], dim=1)
+
+
+def groups(held: Tensor) -> dict[str, Tensor]:
+    """Indices of each group of facts that vision tokens (…, facts) may hold."""
+    known = FACTS | SECOND
+    indices = {group: [known[name] for name in names] for group, names in GROUPS.items()}
+    return {g: torch.tensor(i, device=held.device) for g, i in indices.items() if max(i) < held.shape[-1]}
+
+
+def content(held: Tensor) -> Tensor:
+    """How much is drawn on vision tokens (…, facts): an empty one has 0."""
+    return held[..., CONTENT].sum(-1) + held[..., len(FACTS) :].sum(-1)
+
+
+def importance(held: Tensor) -> Tensor:
+    """Weight of vision tokens (…, facts) in the code loss: tenfold where something is drawn."""
+    return 1 + 9 * (content(held) > 0).float()
+
+
 def pixels(image: Image.Image) -> Tensor:
     """(3, 128, 128), scaled as the image processor does it (tested)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
@@ -116,6 +152,9 @@ class Recipe:
 
     steps: int
     batch: int
+    architecture: str = "llava"
+    start: str | None = None
+    """Checkpoint of the model in the box to begin from (architecture ``idefics3``); by default from nothing."""
     layers: int = 24
     """Decoder layers; weights of fewer are grown on loading."""
     questions: int = 16
@@ -139,10 +178,15 @@ class Recipe:
     minutes: float | None = None
     """Stop (and decay) by the clock instead of by steps."""
 
+    @property
+    def tokens(self) -> int:
+        """Vision tokens of an image."""
+        return vision_tokens(self.architecture)
+
     def tokens_fed(self, step: int, done: float) -> int:
         """Vision tokens of step ``step``, a multiple of 16; ``done`` is the share of the training that lies behind."""
         if done >= self.full_from:
-            return TOKENS
+            return self.tokens
         ease = min(1.0, step * self.batch / self.easy_scenes) if self.easy_scenes else 1.0
         count = random.Random(step).uniform(*self.vision_tokens)
         return 16 * round((16 + (count - 16) * ease) / 16)
@@ -163,16 +207,17 @@ class Scenes(Dataset[dict[str, Any]]):
         images: bool,
         easy: int = 0,
         tasks: tuple[str, ...] = tuple(TASKS),
+        tokens: int = TOKENS,
     ) -> None:
         self.first, self.tokenizer, self.per_scene, self.images = first, tokenizer, per_scene, images
-        self.easy, self.tasks = easy, tasks
+        self.easy, self.tasks, self.tokens = easy, tasks, tokens
 
     def __len__(self) -> int:
         return 1_000_000_000
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         drawn = scene(self.first + i, 9 if i >= self.easy else 2 + 7 * i // self.easy)
-        item: dict[str, Any] = {"facts": facts(drawn)}
+        item: dict[str, Any] = {"facts": facts(drawn) if self.tokens == TOKENS else merged(facts(drawn))}
         if self.images:
             item["pixels"] = pixels(render(drawn))
         if self.tokenizer is not None:
@@ -199,29 +244,29 @@ def moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def choose_tokens(held: Tensor, count: int, seed: int) -> Tensor:
     """Indices (rows, count), sorted: the patches that hold something and a random rest of the empty ones."""
     generator = torch.Generator().manual_seed(seed)
-    score = torch.rand(held.shape[:2], generator=generator) + held[..., CONTENT].sum(-1).cpu()
+    score = torch.rand(held.shape[:2], generator=generator) + content(held).cpu()
     return score.topk(count, dim=1).indices.sort(dim=1).values.to(held.device)
 
 
 def code_loss(projected: Tensor, held: Tensor, codes: Tensor) -> Tensor:
-    """How far projected vision tokens (rows, 256, width) are from the codes of what their patches hold.
+    """How far projected vision tokens (rows, tokens, width) are from the codes of what their patches hold.
 
     Mean square in code space, patches that hold something counted tenfold, and cross-entropy within each group of
     facts over the patches that hold one of them.
     """
-    weight = 1 + 9 * (held[..., CONTENT].sum(-1) > 0).float()
-    loss = ((projected - held @ codes).square().sum(-1) * weight).mean()
+    loss = ((projected - held @ codes).square().sum(-1) * importance(held)).mean()
     scores = 8 * projected @ codes.T
-    for names in GROUPS.values():
-        index = torch.tensor([FACTS[n] for n in names], device=held.device)
+    for index in groups(held).values():
         there = held[..., index].sum(-1) > 0
         if there.any():
             loss = loss + 0.25 * F.cross_entropy(scores[..., index][there], held[..., index][there].argmax(-1))
     return loss
 
 
-def see(model: LlavaForConditionalGeneration, images: Tensor) -> Tensor:
-    """Projected vision tokens (rows, 256, width) of pixels (rows, 3, 128, 128)."""
+def see(model: Any, images: Tensor) -> Tensor:
+    """Projected vision tokens (rows, tokens, width) of pixels (rows, 3, 128, 128)."""
+    if model.config.model_type == "idefics3":
+        return model.model.connector(model.model.vision_model(images).last_hidden_state)
     hidden = model.model.vision_tower(images).last_hidden_state[:, 1:]
     return model.model.multi_modal_projector(hidden)
 
@@ -238,9 +283,49 @@ def name_codes(model: Any, tokenizer: PreTrainedTokenizerFast, codes: Tensor) ->
                 model.lm_head.weight[ids[0]] = codes[index]
 
 
+@torch.no_grad()
+def adopt(model: Any, source: Any, data: Scenes, codes: Tensor) -> None:
+    """Begin an Idefics3 from the model in the box, whose decoder and tower have the same widths.
+
+    The decoder starts as it is, queries, keys and values with biases of 0. The tower has neither the class token nor
+    the norm in front of the layers: the norm is folded into the patches' embedding, at its mean over the first scenes
+    of ``data``. The connector is the least-squares solution from what the tower then says of these to their ``codes``.
+    """
+    weights = {
+        name.replace(".language_model.", ".text_model.").replace(".vision_tower.", ".vision_model."): value
+        for name, value in source.state_dict().items()
+    }
+    images, held = (torch.stack([data[i][key] for i in range(128)]) for key in ("pixels", "facts"))
+    tower = source.model.vision_tower
+    embedding, norm = tower.embeddings, tower.pre_layrnorm
+    deviation = embedding(images)[:, 1:].std(-1, correction=0).mean()
+    centred = torch.eye(len(norm.weight)) - 1 / len(norm.weight)
+    fold = norm.weight[:, None] * centred / deviation
+    prefix = "model.vision_model.embeddings."
+    weights[f"{prefix}patch_embedding.weight"] = torch.einsum("oi,i...->o...", fold, embedding.patch_embedding.weight)
+    weights[f"{prefix}patch_embedding.bias"] = norm.bias
+    weights[f"{prefix}position_embedding.weight"] = embedding.position_embedding.weight[1:] @ fold.T
+    for name, value in model.state_dict().items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):  # the special tokens differ
+            old, new = (build_processor(a).tokenizer.get_vocab() for a in ("llava", "idefics3"))
+            rows = value.clone()
+            rows[[new[token] for token in old]] = weights[name][list(old.values())]
+            weights[name] = rows
+        if "post_layernorm" in name:  # of the class token alone
+            weights[name] = value
+    own = model.state_dict().keys()
+    model.load_state_dict({name: value for name, value in weights.items() if name in own}, strict=False)
+
+    patches = model.model.vision_model(images).last_hidden_state
+    seen = model.model.connector.pixel_shuffle(patches, model.config.scale_factor).flatten(0, 1)
+    weight = importance(held).flatten()[:, None]
+    solution = torch.linalg.lstsq(weight.sqrt() * seen, weight.sqrt() * (held @ codes).flatten(0, 1)).solution
+    model.model.connector.modality_projection.proj.weight.copy_(solution.T)
+
+
 def grow(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     """Weights of a deeper decoder that computes the same: behind each layer copies of it that add nothing yet."""
-    pattern = re.compile(r"(.*language_model\.layers\.)(\d+)(\..*)")
+    pattern = re.compile(r"(.*(?:language|text)_model\.layers\.)(\d+)(\..*)")
     depth = 1 + max((int(m[2]) for n in weights if (m := pattern.match(n))), default=layers - 1)
     if depth > layers:
         raise ValueError(f"weights of {depth} decoder layers cannot shrink to {layers}")
@@ -324,7 +409,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 @torch.no_grad()
 def validate(
-    model: LlavaForConditionalGeneration,
+    model: Any,
     data: DataLoader[Any],
     stage: str,
     codes: Tensor,
@@ -338,8 +423,7 @@ def validate(
         batch = moved(batch, device)
         if stage == "tower":
             scores = see(model, batch["pixels"]) @ codes.T
-            for group, names in GROUPS.items():
-                index = torch.tensor([FACTS[n] for n in names], device=device)
+            for group, index in groups(batch["facts"]).items():
                 there = batch["facts"][..., index].sum(-1) > 0
                 found = scores[..., index][there].argmax(-1) == batch["facts"][..., index][there].argmax(-1)
                 right.setdefault(group, []).extend(found.tolist())
@@ -350,9 +434,9 @@ def validate(
         features = see(model, batch["pixels"]) if stage == "join" else batch["facts"] @ codes
         chosen = None
         if stage == "decoder":
-            chosen = choose_tokens(batch["facts"], tokens, seed=0)
+            chosen = choose_tokens(batch["facts"], min(tokens, batch["facts"].shape[1]), seed=0)
             features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1]))
-        logits, _ = answer_logits(model, features, batch["packed"], chosen, TOKENS)
+        logits, _ = answer_logits(model, features, batch["packed"], chosen, batch["facts"].shape[1])
         for tasks, correct in zip(batch["tasks"], batch["packed"].correct(logits), strict=True):
             for task, hit in zip(tasks, correct, strict=True):
                 right.setdefault(task, []).append(hit)
@@ -372,18 +456,23 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
         raise ValueError(f"a batch of {recipe.batch} cannot be shared by {world} processes; make it a multiple")
     folder.mkdir(parents=True, exist_ok=True)
     where = torch.device(device)
-    tokenizer = build_processor().tokenizer
-    model: Any = build_model(len(tokenizer), seed, num_hidden_layers=recipe.layers)
+    tokenizer = build_processor(recipe.architecture).tokenizer
+    model: Any = build_model(len(tokenizer), seed, recipe.architecture, num_hidden_layers=recipe.layers)
     model.set_attn_implementation("eager")
+    codes = codebook(model.lm_head.in_features, len(FACTS) + (len(SECOND) if recipe.tokens < TOKENS else 0))
+    first = SPLIT_SEEDS["train"] + {"decoder": 0, "tower": 5_000_000, "join": 10_000_000}[stage] + seed * 50_000_000
+    if recipe.start:
+        source = AutoModelForImageTextToText.from_pretrained(recipe.start, dtype=torch.float32)
+        adopt(model, source, Scenes(first, None, 0, images=True, tokens=recipe.tokens), codes)
+    elif not starts:
+        name_codes(model, tokenizer, codes)
     for start in starts:
         model.load_state_dict(grow(load_file(start), recipe.layers), strict=False)
-    codes = codebook(model.lm_head.in_features)
-    if not starts:
-        name_codes(model, tokenizer, codes)
     model.to(where).train()
     codes = codes.to(where)
-    decoder: list[nn.Module] = [model.model.language_model, model.lm_head]
-    tower: list[nn.Module] = [model.model.vision_tower, model.model.multi_modal_projector]
+    language = model.get_decoder()
+    decoder: list[nn.Module] = [language, model.lm_head]
+    tower: list[nn.Module] = [m for m in model.model.children() if m is not language]  # with its projector
     modules = {"decoder": decoder, "tower": tower, "join": decoder + tower}[stage]
     optimizer = Optimizer(modules, recipe)
     state: dict[str, Any] = {"step": 0, "seconds": 0.0, "curve": []}
@@ -406,8 +495,9 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
         write_json(progress_file, state)
 
     asks, images = stage != "tower", stage != "decoder"
-    first = SPLIT_SEEDS["train"] + {"decoder": 0, "tower": 5_000_000, "join": 10_000_000}[stage] + seed * 50_000_000
-    data = Scenes(first, tokenizer if asks else None, recipe.questions, images, recipe.easy_scenes, recipe.tasks)
+    data = Scenes(
+        first, tokenizer if asks else None, recipe.questions, images, recipe.easy_scenes, recipe.tasks, recipe.tokens
+    )
     batches: Iterator[dict[str, Any]] = iter(
         DataLoader(
             data,
@@ -417,7 +507,9 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
             num_workers=recipe.workers,
         )
     )
-    held_out = Scenes(SPLIT_SEEDS["validation"], tokenizer if asks else None, recipe.questions, images)
+    held_out = Scenes(
+        SPLIT_SEEDS["validation"], tokenizer if asks else None, recipe.questions, images, tokens=recipe.tokens
+    )
     validation: DataLoader[Any] = DataLoader(held_out, 32, sampler=range(128), collate_fn=collate)
     begun, saved, losses = time.monotonic() - state["seconds"], time.monotonic(), list[float]()
     columns = (
@@ -451,10 +543,10 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
                     if asks:
                         count = recipe.tokens_fed(step, done)
                         chosen = None
-                        if count < TOKENS:
+                        if count < recipe.tokens:
                             chosen = choose_tokens(batch["facts"], count, seed=step)
                             features = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1]))
-                        logits, targets = answer_logits(model, features, batch["packed"], chosen, TOKENS)
+                        logits, targets = answer_logits(model, features, batch["packed"], chosen, recipe.tokens)
                         answers = F.cross_entropy(logits.float(), targets)
                         loss = loss + answers
                 if not math.isfinite(loss.item()):
@@ -487,12 +579,12 @@ def train(stage: str, recipe: Recipe, folder: Path, starts: list[Path], seed: in
         dist.barrier()  # the next stage begins with what was saved
 
 
-def export(weights: Path, folder: Path) -> None:
+def export(weights: Path, folder: Path, architecture: str = "llava") -> None:
     """Write a checkpoint that loads like any from the hub: weights in half precision, loaded as float32."""
-    processor = build_processor()
+    processor = build_processor(architecture)
     tensors = load_file(weights)
-    layers = 1 + max(int(m[1]) for n in tensors if (m := re.search(r"language_model\.layers\.(\d+)", n)))
-    model = build_model(len(processor.tokenizer), num_hidden_layers=layers)
+    layers = 1 + max(int(m[1]) for n in tensors if (m := re.search(r"(?:language|text)_model\.layers\.(\d+)", n)))
+    model: Any = build_model(len(processor.tokenizer), architecture=architecture, num_hidden_layers=layers)
     model.load_state_dict(tensors)
     model.half().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -511,9 +603,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument(
-        "--stage", choices=("decoder", "tower", "join"), action="append", help="default: all three, in order"
+        "--stage", choices=("decoder", "tower", "join"), action="append", help="default: all of the recipe, in order"
     )
-    parser.add_argument("--folder", type=Path, default=Path("runs/pocket"))
+    parser.add_argument("--folder", type=Path, help="default: runs/ and the name of the recipe")
     parser.add_argument(
         "--export", type=Path, metavar="FOLDER", help="write the checkpoint here and the curves to results/, and end"
     )
@@ -528,15 +620,20 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     recipes = yaml.safe_load(arguments.recipe.read_text())
+    shared = {name: recipes.pop(name) for name in ("architecture", "start") if name in recipes}
+    folder = arguments.folder or Path("runs") / arguments.recipe.stem
     signal.signal(signal.SIGTERM, _interrupt)  # a polite kill saves a checkpoint, as Ctrl-C does
     if arguments.export:
-        export(arguments.folder / "join" / "model.safetensors", arguments.export)
-        states = {stage: json.loads((arguments.folder / stage / "state.json").read_text()) for stage in recipes}
-        store(Path("results/pocket/training.json"), {"recipe": recipes, "stages": states}, arguments.seed)
+        export(
+            folder / "join" / "model.safetensors", arguments.export, **{k: shared[k] for k in shared if k != "start"}
+        )
+        states = {stage: json.loads((folder / stage / "state.json").read_text()) for stage in recipes}
+        trained = {"recipe": shared | recipes, "stages": states}
+        store(Path("results") / arguments.recipe.stem / "training.json", trained, arguments.seed)
         return
-    for stage in arguments.stage or ("decoder", "tower", "join"):
-        starts = [arguments.folder / s / "model.safetensors" for s in ("decoder", "tower")] if stage == "join" else []
-        train(stage, Recipe(**recipes[stage]), arguments.folder / stage, starts, arguments.seed, arguments.device)
+    for stage in arguments.stage or recipes:
+        starts = [folder / s / "model.safetensors" for s in recipes if s != "join"] if stage == "join" else []
+        train(stage, Recipe(**shared, **recipes[stage]), folder / stage, starts, arguments.seed, arguments.device)
 
 
 if __name__ == "__main__":
