@@ -28,7 +28,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from adsc.evaluation.record import store
 from adsc.evaluation.statistics import clustered_mean
 from adsc.pocket import MODEL_FOLDER
-from adsc.pocket.packing import answer_logits, pack, turn
+from adsc.pocket.packing import answer_logits, image_logits, pack, turn
 from adsc.pocket.questions import Question
 from adsc.pocket.scenes import IMAGE_SIZE, PATCH_SIZE
 from adsc.pocket.splits import load
@@ -38,8 +38,8 @@ Rows = list[tuple[Image.Image, list[Question]]]
 
 def see(model: LlavaForConditionalGeneration, processor: Any, images: list[Image.Image]) -> Tensor:
     """Projected vision tokens (rows, n, width), through the processor and the model's own way to features."""
-    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
-    features = model.get_image_features(pixels, return_dict=True).pooler_output
+    seen = processor.image_processor([[image] for image in images], return_tensors="pt").to(model.device)
+    features = model.get_image_features(**seen, return_dict=True).pooler_output
     return torch.stack(list(features))
 
 
@@ -47,53 +47,94 @@ def _nothing(model: LlavaForConditionalGeneration, processor: Any, images: list[
     return torch.zeros(len(images), 0, model.lm_head.in_features, device=model.device)
 
 
-def _noise(model: LlavaForConditionalGeneration, processor: Any, images: list[Image.Image]) -> Tensor:
-    rng = random.Random(0)
-    return see(
-        model, processor, [Image.frombytes("RGB", i.size, rng.randbytes(3 * i.width * i.height)) for i in images]
-    )
-
-
-def _shrunk(model: LlavaForConditionalGeneration, processor: Any, images: list[Image.Image]) -> Tensor:
-    side = round(IMAGE_SIZE / 3)
-    small = [i.resize((side, side), Image.Resampling.BICUBIC).resize(i.size, Image.Resampling.BICUBIC) for i in images]
-    return see(model, processor, small)
-
-
 def _few_tokens(model: LlavaForConditionalGeneration, processor: Any, images: list[Image.Image]) -> Tensor:
     side = round(IMAGE_SIZE / PATCH_SIZE / 3) * PATCH_SIZE
-    pixels = processor.image_processor(
-        images, size={"shortest_edge": side}, crop_size={"height": side, "width": side}, return_tensors="pt"
-    )["pixel_values"].to(model.device)
-    hidden = model.model.vision_tower(pixels, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
+    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    small = processor.image_processor(images, return_tensors="pt", **size).to(model.device)
+    hidden = model.model.vision_tower(**small, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
     return model.model.multi_modal_projector(hidden)
 
 
-CONDITIONS: dict[str, Callable[[LlavaForConditionalGeneration, Any, list[Image.Image]], Tensor]] = {
-    "dense": see,
-    "blind": _nothing,
+def _noise(images: list[Image.Image]) -> list[Image.Image]:
+    rng = random.Random(0)
+    return [Image.frombytes("RGB", i.size, rng.randbytes(3 * i.width * i.height)) for i in images]
+
+
+def _shrunk(images: list[Image.Image]) -> list[Image.Image]:
+    side = round(IMAGE_SIZE / 3)
+    return [i.resize((side, side), Image.Resampling.BICUBIC).resize(i.size, Image.Resampling.BICUBIC) for i in images]
+
+
+# What is shown in place of an image; or what stands for its vision tokens, where these are not all there.
+CHANGED: dict[str, Callable[[list[Image.Image]], list[Image.Image]]] = {
+    "dense": lambda images: images,
     "noise": _noise,
-    "other image": see,
+    "other image": lambda images: images,
     "downsampled 1/9": _shrunk,
+}
+FEATURES: dict[str, Callable[[LlavaForConditionalGeneration, Any, list[Image.Image]], Tensor]] = {
+    "blind": _nothing,
     "downsampled tokens 1/9": _few_tokens,
 }
+CONDITIONS = ("dense", "blind", "noise", "other image", "downsampled 1/9", "downsampled tokens 1/9")
 
 
 @torch.inference_mode()
 def answers(
-    model: LlavaForConditionalGeneration, processor: Any, rows: Rows, condition: str = "dense", batch: int = 16
+    model: LlavaForConditionalGeneration,
+    processor: Any,
+    rows: Rows,
+    condition: str = "dense",
+    batch: int = 16,
+    progress: bool = True,
 ) -> list[list[bool]]:
-    """For each image and question: is the greedy answer right, word for word?"""
+    """For each image and question: is the greedy answer right, word for word?
+
+    A method that is attached to the model reduces it, but for ``downsampled tokens 1/9``.
+    """
     images = [image for image, _ in rows]
     if condition == "other image":
         images = images[1:] + images[:1]
     correct: list[list[bool]] = []
-    for at in track(range(0, len(rows), batch), description=f"{condition:24}"):
-        features = CONDITIONS[condition](model, processor, images[at : at + batch])
+    for at in track(range(0, len(rows), batch), description=f"{condition:24}", disable=not progress):
         turns = [[turn(processor.tokenizer, q) for q in asked] for _, asked in rows[at : at + batch]]
         packed = pack(turns).to(model.device)
-        correct += packed.correct(answer_logits(model, features, packed)[0])
+        if condition in FEATURES:
+            features = FEATURES[condition](model, processor, images[at : at + batch])
+            logits, _ = answer_logits(model, features, packed)
+        else:
+            shown = [[image] for image in CHANGED[condition](images[at : at + batch])]
+            seen = processor.image_processor(shown, return_tensors="pt").to(model.device)
+            logits, _ = image_logits(model, seen, packed)
+        correct += packed.correct(logits)
     return correct
+
+
+@torch.inference_mode()
+def answers_alone(model: Any, processor: Any, rows: Rows, batch: int = 32) -> list[list[bool]]:
+    """As :func:`answers`, but every question in a row of its own, as the processor writes it."""
+    pairs = [(image, question) for image, asked in rows for question in asked]
+    hits: list[bool] = []
+    for at in range(0, len(pairs), batch):
+        some = pairs[at : at + batch]
+        texts = [processor.apply_chat_template(_exchange(question), tokenize=False) for _, question in some]
+        images = [[image] for image, _ in some]
+        inputs = processor(images=images, text=texts, padding=True, return_tensors="pt").to(model.device)
+        targets = [torch.tensor(turn(processor.tokenizer, question)[1]) for _, question in some]
+        keep = max(map(len, targets)) + 1  # rows are padded on the left
+        likeliest = model(**inputs, use_cache=False, logits_to_keep=keep).logits.argmax(-1).cpu()
+        hits += [
+            bool((said[-len(target) - 1 : -1] == target).all()) for said, target in zip(likeliest, targets, strict=True)
+        ]
+    left = iter(hits)
+    return [[next(left) for _ in asked] for _, asked in rows]
+
+
+def _exchange(question: Question) -> list[dict[str, Any]]:
+    return [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]},
+        {"role": "assistant", "content": question.answer},
+    ]
 
 
 def chance(rows: Rows) -> dict[str, float]:
@@ -136,7 +177,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(MODEL_FOLDER), help="folder or hub id (default: the model in the box)")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--images", type=int, help="only the first so many images")
-    parser.add_argument("--condition", choices=tuple(CONDITIONS), action="append", help="default: all")
+    parser.add_argument("--condition", choices=CONDITIONS, action="append", help="default: all")
     parser.add_argument("--processes", type=int, default=1, help="conditions run at once (default: 1)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="default: results/pocket/SPLIT.json; '-' prints alone")
