@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft
 import pytest
 import torch
 import transformers
@@ -18,6 +19,7 @@ from adsc.pocket.splits import stored_image
 
 LAYERS = 6
 SCHEDULE = "2:1/2,4:1/4"
+BUDGETS = {"1/3": "1:1/4,3:1/2", "2/9": "1:1/8,4:1/2", "1/9": "1:1/16,2:1/4"}
 
 
 class Ran(NamedTuple):
@@ -51,6 +53,18 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Wide weights: dense and reduced must not answer alike.
     build_model(len(processor.tokenizer), num_hidden_layers=LAYERS, initializer_range=0.3).save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(pocket: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of ``pocket``, and where it learned which schedules: none that a budget would give."""
+    torch.manual_seed(3)
+    base = transformers.AutoModelForImageTextToText.from_pretrained(pocket)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    folder = tmp_path_factory.mktemp("adapter")
+    peft.get_peft_model(base, lora).save_pretrained(folder)
+    adsc.ADSCConfig(BUDGETS["1/3"], budgets=BUDGETS).save_pretrained(folder)
     return folder
 
 

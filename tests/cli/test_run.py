@@ -12,9 +12,12 @@ import pytest
 from PIL import Image
 
 import adsc
+from adsc.pocket.splits import stored_image
 
-from .conftest import LAYERS, SCHEDULE, Ran
+from .conftest import BUDGETS, LAYERS, SCHEDULE, Ran
 
+# PEFT asks for it by its old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 Run = Callable[..., Ran]
 
 
@@ -27,7 +30,9 @@ def short_timing(monkeypatch: pytest.MonkeyPatch) -> None:
 PROMPT = "what color is the large circle?"
 
 
-def reference(direct: tuple[Any, Any], paths: list[Path], content: list[str], schedule: str | None) -> str:
+def reference(
+    direct: tuple[Any, Any], paths: list[Path], content: list[str], schedule: str | None, tokens: int = 8
+) -> str:
     """The answer by way of the library alone; ``content`` holds texts, and ``""`` where an image goes."""
     model, processor = direct
     images = iter([Image.open(path) for path in paths])
@@ -39,7 +44,7 @@ def reference(direct: tuple[Any, Any], paths: list[Path], content: list[str], sc
         return_dict=True,
         return_tensors="pt",
     )
-    options = {"max_new_tokens": 8, "do_sample": False}
+    options = {"max_new_tokens": tokens, "do_sample": False}
     if schedule is None:
         output = model.generate(**inputs, **options)
     else:
@@ -115,9 +120,43 @@ def test_tiles(adsc_run: Run, tiled: Path, image: Path, tmp_path: Path) -> None:
     assert Image.open(picture).width > 1000
 
 
-def test_demo(adsc_run: Run, pocket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_that_was_trained_has_its_own_schedule(adsc_run: Run, adapter: Path, image: Path) -> None:
+    common = ("run", "--model", adapter, "--image", image, "--only", "reduced", "--max-new-tokens", 1, "--json")
+    for options, schedule in {
+        (): BUDGETS["1/3"],
+        ("--retain", "2/9"): BUDGETS["2/9"],
+        ("--retain", "1/2"): str(adsc.Schedule.for_budget(LAYERS, "1/2")),
+        ("--schedule", SCHEDULE): SCHEDULE,
+    }.items():
+        ran = adsc_run(*common, *options)
+        assert ran.status == 0, ran.err
+        assert ran.json["reduction"]["schedule"] == schedule
+
+
+@pytest.fixture
+def box(pocket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model in the box is ``pocket``, with no adapter yet at the path that is given."""
     monkeypatch.setattr("adsc.pocket.MODEL_FOLDER", pocket)
+    monkeypatch.setattr("adsc.pocket.ADAPTER_FOLDER", tmp_path / "adapter")
     monkeypatch.setattr("adsc.cli.demo.MAX_NEW_TOKENS", 3)
+    return tmp_path / "adapter"
+
+
+def test_the_model_in_the_box_comes_with_its_adapter(
+    adsc_run: Run, box: Path, pocket: Path, adapter: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("run", "--image", image, "--only", "reduced", "--max-new-tokens", 1, "--json")
+    assert adsc_run(*common).json["model"] == str(pocket)
+    shutil.copytree(adapter, box)
+    report = adsc_run(*common, "--retain", "1/9").json
+    assert report["model"] == str(box)
+    assert report["reduction"]["schedule"] == BUDGETS["1/9"]
+    assert adsc_run(*common, "--model", pocket).json["model"] == str(pocket)
+    monkeypatch.setattr("adsc.cli.answering.is_peft_available", lambda: False)
+    assert adsc_run(*common).json["model"] == str(pocket)
+
+
+def test_demo_at_one_reduction(adsc_run: Run, box: Path, tmp_path: Path) -> None:
     picture = tmp_path / "demo.png"
     arguments = ("demo", "--schedule", SCHEDULE, "--image-index", 7, "--out", picture)
     report = json.loads(adsc_run(*arguments, "--json").out)
@@ -130,3 +169,65 @@ def test_demo(adsc_run: Run, pocket: Path, tmp_path: Path, monkeypatch: pytest.M
     for each in report["questions"]:
         assert each["task"] in shown.out
     assert str(picture) in shown.out.replace("\n", "")
+
+
+def test_demo_without_an_adapter(adsc_run: Run, box: Path, tmp_path: Path) -> None:
+    report = adsc_run("demo", "--image-index", 1999, "--out", tmp_path / "demo.png", "--json").json
+    assert report["reduction"]["schedule"] == str(adsc.Schedule.for_budget(LAYERS, "1/3", 256))
+    assert report["right"].keys() == {"dense", "reduced"}
+
+
+def test_demo_at_the_budgets_of_an_adapter(
+    adsc_run: Run, box: Path, pocket: Path, adapter: Path, direct: tuple[Any, Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    shutil.copytree(adapter, box)
+    monkeypatch.setattr("adsc.cli.demo.SCENES", 3)
+    monkeypatch.setattr("adsc.cli.demo.SHOWN", 2)
+    picture = tmp_path / "demo.png"
+    report = json.loads(adsc_run("demo", "--image-index", 1999, "--out", picture, "--json").out)
+    assert report["images"] == [1999, 0, 1]
+    asked = report["questions"]
+    assert report["asked"] == len(asked) >= 12
+    assert Image.open(picture).width > 1000
+    # Each answer is the library's, asked alone.
+    adapted, processor = adsc.load(adapter)
+    adapted.adsc.remove()
+    stored_image(1999).save(tmp_path / "1999.png")
+    for each in asked[:2]:
+        for way, model in (("trained", adapted), ("untrained", direct[0])):
+            for budget, schedule in BUDGETS.items():
+                said = reference((model, processor), [tmp_path / "1999.png"], ["", each["question"]], schedule, 3)
+                assert each[way][budget] == said
+        assert each["dense"] == reference(direct, [tmp_path / "1999.png"], ["", each["question"]], None, 3)
+    ways = [
+        [each["dense"]] + [each[way][budget] for way in ("trained", "untrained") for budget in BUDGETS]
+        for each in asked
+    ]
+    assert len({tuple(column) for column in zip(*ways, strict=True)}) == 7  # no two of the seven ways are the same
+    for way in ("trained", "untrained"):
+        for budget in BUDGETS:
+            assert report["right"][way][budget] == sum(each[way][budget] == each["answer"] for each in asked)
+    assert report["right"]["dense"] == sum(each["dense"] == each["answer"] for each in asked)
+    for budget, schedule in BUDGETS.items():
+        stated = report["budgets"][budget]
+        assert stated["reduction"]["schedule"] == schedule
+        plan = adsc.plan([(0, 256)], 256, adsc.Schedule.parse(schedule), LAYERS)
+        assert stated["vision_tokens_per_layer"] == plan.vision_tokens_per_layer()
+        assert 0 < stated["ratios"]["kv_bytes"] < 0.6
+
+
+def test_demo_at_three_budgets_for_people(
+    adsc_run: Run, box: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(adapter, box)
+    monkeypatch.setattr("adsc.cli.demo.SCENES", 2)
+    monkeypatch.setattr("adsc.cli.demo.SHOWN", 1)
+    ran = adsc_run("demo", "--out", tmp_path / "demo.png")
+    assert ran.status == 0, ran.err
+    for text in ("test image 1", "untrained", "KV cache", *BUDGETS, "(1/9)", "what number is"):
+        assert text in ran.out
+    assert "test image 2" not in ran.out
+    assert ran.err == ""
+    one = adsc_run("demo", "--retain", "2/9", "--out", tmp_path / "demo.png", "--json").json
+    assert one["reduction"]["schedule"] == BUDGETS["2/9"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from logging import ERROR
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +18,17 @@ from PIL import Image
 from rich.console import Console
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.utils import logging
+from transformers.utils.import_utils import is_peft_available
 
 from ..accounting import Cost, cost
 from ..config import ADSCConfig
 from ..errors import InputError
-from ..hf.checkpoint import load
+from ..hf.checkpoint import ADAPTER, load
 from ..hf.engine import compress
 from ..planning import Plan
 from ..report.picture import Bar
 from ..report.tables import add_cost, describe, layers, si, side_by_side
-from ..schedule import Schedule
+from ..schedule import Schedule, fraction
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -39,12 +41,25 @@ def quiet() -> None:
         logging.disable_progress_bar()
 
 
+def in_the_box() -> Path:
+    """The model in the box: with its trained adapter, where that is there and PEFT is."""
+    from ..pocket import ADAPTER_FOLDER, MODEL_FOLDER
+
+    return ADAPTER_FOLDER if (ADAPTER_FOLDER / ADAPTER).is_file() and is_peft_available() else MODEL_FOLDER
+
+
 def changes(
-    num_layers: int, retain: str | None, schedule: str | None, vision_tokens: int = 576, **others: Any
+    num_layers: int,
+    retain: str | None,
+    schedule: str | None,
+    vision_tokens: int = 576,
+    saved: ADSCConfig | None = None,
+    **others: Any,
 ) -> dict[str, Any]:
     """The fields of an :class:`ADSCConfig` that the options set (``None``: not given), checked for the model.
 
-    A budget is solved for images of ``vision_tokens``.
+    A budget that the ``saved`` config has a schedule for gets that one; others are solved for images of
+    ``vision_tokens``.
     """
     if retain is not None and schedule is not None:
         raise InputError("--retain and --schedule both say how much stays; give one of them")
@@ -52,15 +67,16 @@ def changes(
     if schedule is not None:
         given["schedule"] = Schedule.parse(schedule).validate(num_layers)
     elif retain is not None:
-        given["schedule"] = Schedule.for_budget(num_layers, retain, vision_tokens)
+        trained = dict(saved.budgets).get(fraction(retain, "retained")) if saved else None
+        given["schedule"] = Schedule.for_budget(num_layers, retain, vision_tokens) if trained is None else trained
     if "schedule" in given and not given["schedule"]:
         raise InputError("this reduces nothing; give a fraction below 1, or at least one reduction like 3:1/2")
     ADSCConfig(**{"schedule": Schedule.none(), **given})
     return given
 
 
-def open_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any, ADSCConfig | None]:
-    """Model, processor, and the reduction saved beside them, if there is one; it is not attached."""
+def open_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+    """Model and processor. A reduction that is saved beside them is not attached."""
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
     if device == "auto":
@@ -71,11 +87,9 @@ def open_model(name: str, device: str = "auto", dtype: str = "auto") -> tuple[An
         reason = str(error).splitlines()[0]
         raise InputError(f"device {device!r} cannot be used ({reason}); try cpu or cuda") from None
     model, processor = load(name, dtype=dtype)
-    saved = None
     if (handle := getattr(model, "adsc", None)) is not None:
-        saved = handle.method
         handle.remove()
-    return model.to(device), processor, saved
+    return model.to(device), processor
 
 
 def build_inputs(model: Any, processor: Any, prompt: str, images: Sequence[Image.Image]) -> Any:
@@ -126,6 +140,38 @@ def answer(model: Any, processor: Any, inputs: Any, config: ADSCConfig | None, m
     output, *_ = _generate(model, inputs, config, max_new_tokens)
     new = output.sequences[0, inputs["input_ids"].shape[1] :]
     return Answer(processor.decode(new, skip_special_tokens=True).strip(), len(new))
+
+
+def answer_all(
+    model: Any, processor: Any, image: Image.Image, questions: Sequence[str], config: ADSCConfig | None, tokens: int
+) -> list[str]:
+    """Greedy answers to questions about one image, in one batch; each of at most ``tokens``."""
+    chats = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+        for question in questions
+    ]
+    inputs = processor.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+    ).to(model.device, dtype=model.dtype)
+    output, *_ = _generate(model, inputs, config, tokens)
+    new = output.sequences[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+
+def plan_of(model: Any, inputs: Any, config: ADSCConfig) -> Plan:
+    """The plan of one prompt."""
+    _, _, (plan,) = _generate(model, inputs, config, 1)
+    return plan
+
+
+@contextmanager
+def untrained(model: Any) -> Iterator[None]:
+    """Within the block its adapter is off."""
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
 
 
 def _generate(model: Any, inputs: Any, config: ADSCConfig | None, tokens: int) -> tuple[Any, float, list[Plan]]:

@@ -54,17 +54,17 @@ def command(
     from rich.console import Console
 
     from ..config import ADSCConfig
-    from ..hf.checkpoint import depth, read_config
-    from ..pocket import MODEL_FOLDER
+    from ..hf.checkpoint import depth, read_config, read_reduction
     from ..schedule import Schedule
     from . import answering
 
     answering.quiet()
-    name = model or str(MODEL_FOLDER)
+    name = model or str(answering.in_the_box())
     layers = depth(read_config(name))
-    changes = answering.changes(layers, retain, schedule, pattern=pattern, positions=positions, seed=seed)
+    saved = read_reduction(name)
+    changes = answering.changes(layers, retain, schedule, saved=saved, pattern=pattern, positions=positions, seed=seed)
     with Console(stderr=True).status(f"loading {model or 'the model in the box'}") as status:
-        net, processor, saved = answering.open_model(name, device, dtype)
+        net, processor = answering.open_model(name, device, dtype)
         config = replace(saved or ADSCConfig(Schedule.for_budget(layers, RETAIN)), **changes)
         inputs = answering.build_inputs(net, processor, prompt, images)
         answers = {}

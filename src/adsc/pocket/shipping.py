@@ -1,9 +1,10 @@
 """Put a trained adapter beside the model in the box, as it goes into the wheel.
 
-    python -m adsc.pocket.shipping runs/pocket-elastic-0/adapter --figures results/pocket/main.json
+    python -m adsc.pocket.shipping runs/pocket-elastic-0/adapter
 
-The file of figures holds a table for the adapter's card: ``{"row": {"column": figure, …}, …}``, or such a table under
-the key ``card`` of something larger.
+The table of figures in its card is that of ``results/pocket/main.json``, where that is there (it is made by ``python -m
+adsc.pocket.study table``). Another file may be named: ``{"row": {"column": figure, …}, …}``, or such a table under the
+key ``card`` of something larger.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from adsc.pocket import ADAPTER_FOLDER, MODEL_FOLDER
 from adsc.training.exporting import Figures, ship
 
 NAME = "the model in the box"
+FIGURES = Path("results/pocket/main.json")
 
 
 def read_figures(path: Path) -> Figures:
@@ -43,16 +45,17 @@ def read_figures(path: Path) -> Figures:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="result folder of adsc train")
-    parser.add_argument("--figures", type=Path, metavar="FILE.json", help="table of measured figures for the card")
+    parser.add_argument("--figures", type=Path, metavar="FILE.json", help=f"for the card; default: {FIGURES} if there")
     parser.add_argument("--out", type=Path, default=ADAPTER_FOLDER, help="default: where adsc looks for it")
     given = parser.parse_args(arguments)
     try:
-        figures = read_figures(given.figures) if given.figures else None
+        file = given.figures or (FIGURES if FIGURES.is_file() else None)
+        figures = read_figures(file) if file else None
         out = ship(given.folder, given.out, MODEL_FOLDER, name=NAME, figures=figures)
     except InputError as error:
         sys.exit(f"error: {error}")
     size = sum(path.stat().st_size for path in out.iterdir())
-    print(f"{out}: {size / 1e6:.1f} MB")
+    print(f"{out}: {size / 1e6:.1f} MB, {f'figures of {file}' if file else 'no figures yet'}")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def draw(
         When the file cannot be written.
     """
     check_target(path)
-    _save(compose(images, plan, exchanges, bars, title, subtitle), path)
+    save(compose(images, plan, exchanges, bars, title, subtitle), path)
 
 
 def compose(
@@ -135,10 +135,10 @@ def compose(
     step = (WIDTH - 2 * MARGIN - panel) / max(1, stages - 1)
     for column, stage in enumerate(plan.stages):
         left = MARGIN + column * step
-        _title_stage(axes(left, top, panel, 0.45), stage)
+        title_stage(axes(left, top, panel, 0.45), stage)
         for row, (image, tall) in enumerate(zip(shown, talls, strict=True)):
             box = axes(left, top + 0.5 + sum(talls[:row]) + 0.12 * row, panel, tall)
-            _draw_stage(box, image, plan.layout.grids[row], np.isin(plan.layout.spans[row], stage.spans[row]))
+            draw_stage(box, image, plan.layout.grids[row], np.isin(plan.layout.spans[row], stage.spans[row]))
     _draw_answers(axes(MARGIN, top + panels, 7.4, lower), rows, lower)
     left, width = 8.4, WIDTH - MARGIN - 8.4
     _draw_tokens(axes(left, top + panels + 0.32, width, 0.85), plan)
@@ -146,7 +146,8 @@ def compose(
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, all of it or nothing."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with warnings.catch_warnings():
@@ -159,7 +160,8 @@ def _save(figure: Figure, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _title_stage(box: Axes, stage: Stage) -> None:
+def title_stage(box: Axes, stage: Stage) -> None:
+    """The layers of a stage, and how many vision tokens it holds."""
     box.axis("off")
     last, count = stage.stop - 1, stage.vision_tokens
     box.text(0, 0.62, f"layer {last}" if stage.start == last else f"layers {stage.start}–{last}", **HEADING)
@@ -167,7 +169,7 @@ def _title_stage(box: Axes, stage: Stage) -> None:
     box.text(0, 0.12, tokens, size=10, color=SOFT if stage.start == 0 else REDUCED)
 
 
-def _draw_stage(box: Axes, image: Image.Image, grid: tuple[int, int] | None, kept: NDArray[np.bool_]) -> None:
+def draw_stage(box: Axes, image: Image.Image, grid: tuple[int, int] | None, kept: NDArray[np.bool_]) -> None:
     """The image with the patches of dropped tokens faded; where there is no grid, tokens in order, row by row."""
     box.set_xticks([])
     box.set_yticks([])
