@@ -541,7 +541,7 @@ def _arguments(recipe: Recipe, checkpoints: Path) -> SFTConfig:
     return args
 
 
-def _tensorboard(recipe: Recipe, args: SFTConfig, folder: Path, checkpoint: Path | None) -> TrainerCallback | None:
+def _tensorboard(recipe: Recipe, args: Any, folder: Path, checkpoint: Path | None) -> TrainerCallback | None:
     if "tensorboard" not in (recipe.training.get("report_to") or ()) or args.process_index:
         return None
     from torch.utils.tensorboard import SummaryWriter
