@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from math import isqrt
+from math import ceil, isqrt
 from typing import Literal, get_args
 
 import numpy as np
@@ -16,8 +16,9 @@ from .errors import InputError
 from .layout import Layout, Positions
 from .schedule import Schedule, survivors
 
-Pattern = Literal["last", "first", "grid", "random"]
+Pattern = Literal["last", "first", "grid", "rows", "random"]
 PATTERNS: tuple[str, ...] = get_args(Pattern)
+GRIDS = ("grid", "rows")  # patterns that ask for the height and width of each span
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +116,9 @@ def plan(
         r is one of the two integers around h·√f, c the integer nearest to m/r (half up, at most w), or the same with
         rows and columns exchanged; the pair with r·c nearest to m is taken, then the one whose h/r and w/c are most
         alike, then the one with more columns. r·c is m only where it can be.
+    ``rows``
+        The same with as many columns as can be: r = ⌈h·f⌉, and c the integer nearest to m/r (half up, from 1 to w).
+        What is written from left to right keeps its order.
     ``random``
         m−1 tokens drawn without replacement, and the last token of the span. The draw depends on the seed, n and the
         number of the reduction alone.
@@ -131,16 +135,16 @@ def plan(
     num_layers
         Decoder layers of the model; required.
     pattern
-        ``last``, ``first``, ``grid`` or ``random``.
+        ``last``, ``first``, ``grid``, ``rows`` or ``random``.
     grids
-        Height and width of each span, for the pattern ``grid``.
+        Height and width of each span, for the patterns ``grid`` and ``rows``.
     seed
         Seed of the pattern ``random``.
 
     Raises
     ------
     InputError
-        For a layout that does not fit, layers that the model lacks, an unknown pattern, or ``grid`` without grids.
+        For a layout that does not fit, layers that the model lacks, an unknown pattern, or one that lacks its grids.
     """
     if isinstance(spans, Layout):
         if length not in (None, spans.length) or grids is not None:
@@ -160,9 +164,9 @@ def plan(
         raise InputError(f"a model of {num_layers} layers; it must have at least 1")
     if pattern not in PATTERNS:
         raise InputError(f"pattern {pattern!r} is unknown; choose one of {', '.join(PATTERNS)}")
-    if pattern == "grid" and schedule.reductions and None in layout.grids:
+    if pattern in GRIDS and schedule.reductions and None in layout.grids:
         raise InputError(
-            f"pattern 'grid' needs the grid of span {layout.grids.index(None)}; choose 'last' or give grids"
+            f"pattern {pattern!r} needs the grid of span {layout.grids.index(None)}; choose 'last' or give grids"
         )
     return _plan(layout, schedule.validate(num_layers), num_layers, pattern, seed)
 
@@ -171,7 +175,7 @@ def plan(
 def _plan(layout: Layout, schedule: Schedule, num_layers: int, pattern: str, seed: int) -> Plan:
     keeps = tuple(keep for _, keep in schedule)
     chosen = [
-        _choose(len(span), keeps, pattern, grid if pattern == "grid" else None, seed)
+        _choose(len(span), keeps, pattern, grid if pattern in GRIDS else None, seed)
         for span, grid in zip(layout.spans, layout.grids, strict=True)
     ]
     starts = [0, *(layer for layer, _ in schedule), num_layers]
@@ -195,7 +199,7 @@ def _choose(
         n = len(alive)
         m = survivors(n, keep)
         if grid is not None:
-            rows, columns = _rows_and_columns(*grid, m, keep)
+            rows, columns = _whole_rows(*grid, m, keep) if pattern == "rows" else _rows_and_columns(*grid, m, keep)
             alive = alive.reshape(grid)[np.ix_(_last(grid[0], rows), _last(grid[1], columns))].ravel()
             grid = rows, columns
         elif pattern == "last":
@@ -231,6 +235,12 @@ def _rows_and_columns(height: int, width: int, m: int, keep: Fraction) -> tuple[
         return abs(rows * columns - m), max(ratio, 1 / ratio), -columns
 
     return min(candidates, key=rank)
+
+
+def _whole_rows(height: int, width: int, m: int, keep: Fraction) -> tuple[int, int]:
+    """The same for the pattern ``rows``."""
+    rows = ceil(height * keep)
+    return rows, max(1, min(width, (2 * m + rows) // (2 * rows)))
 
 
 def _frozen(array: Positions) -> Positions:

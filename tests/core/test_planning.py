@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adsc import InputError, Layout, Schedule, plan
-from adsc.planning import PATTERNS
+from adsc.planning import GRIDS, PATTERNS
 
 RUNNING = random.Random(os.urandom(8))  # hypothesis seeds the global one
 
@@ -63,7 +63,7 @@ def test_what_always_holds(layout: Layout, schedule: Schedule, pattern: str, see
             if layer in keeps:
                 entering = made.stage(layer - 1).spans[index]
                 assert set(remaining.tolist()) <= set(entering.tolist())
-                if pattern != "grid":
+                if pattern not in GRIDS:
                     assert len(remaining) == rounded(len(entering), keeps[layer])
             elif layer:
                 np.testing.assert_array_equal(remaining, made.stage(layer - 1).spans[index])
@@ -102,7 +102,7 @@ def test_an_image_depends_on_itself_alone(layout: Layout, schedule: Schedule, pa
             np.testing.assert_array_equal(stage.spans[index], span[own.spans[0]])
 
 
-@given(layouts(), schedules(), st.sampled_from(("last", "first", "grid")))
+@given(layouts(), schedules(), st.sampled_from(("last", "first", "grid", "rows")))
 @settings(deadline=None)
 def test_stages_compose(layout: Layout, schedule: Schedule, pattern: str) -> None:
     """Reducing the survivors of all but the last reduction once more is the whole schedule."""
@@ -113,7 +113,7 @@ def test_stages_compose(layout: Layout, schedule: Schedule, pattern: str) -> Non
     part = plan(layout, schedule=Schedule(before), num_layers=12, pattern=pattern).stages[-1]
     for index, survivors in enumerate(part.spans):
         grid = None
-        if pattern == "grid":
+        if pattern in GRIDS:
             lines = np.searchsorted(layout.spans[index], survivors) // layout.grids[index][1]
             grid = len(set(lines)), len(survivors) // len(set(lines))
         again = plan(
@@ -155,6 +155,20 @@ def test_grid_examples(grid: tuple[int, int], keep: str, rows: int, columns: int
     tokens = grid[0] * grid[1]
     kept = plan([(0, tokens)], tokens, Schedule([(1, keep)]), 2, "grid", grids=[grid]).stages[1].spans[0]
     assert (len(set(kept // grid[1])), len(set(kept % grid[1]))) == (rows, columns)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.fractions(min_value=Fraction(1, 40), max_value=1))
+def test_rows_stay_as_whole_as_can_be(height: int, width: int, keep: Fraction) -> None:
+    made = plan([(0, height * width)], height * width, Schedule([(1, keep)]), 2, "rows", grids=[(height, width)])
+    kept = made.stages[1].spans[0]
+    rows, columns = np.unique(kept // width), np.unique(kept % width)
+    assert kept.tolist() == [row * width + column for row in rows for column in columns]
+    for lines, side in ((rows, height), (columns, width)):
+        assert lines.tolist() == [ceil(Fraction((j + 1) * side, len(lines))) - 1 for j in range(len(lines))]
+    assert len(rows) == ceil(height * keep)
+    if (height * keep).denominator == 1:
+        assert len(columns) == width
+    assert 2 * abs(len(kept) - rounded(height * width, keep)) <= len(rows) or len(columns) == 1
 
 
 def test_random_is_seeded() -> None:

@@ -20,7 +20,7 @@ ScheduleText = Annotated[
     ),
 ]
 Pattern = Annotated[
-    str | None, typer.Option(help="Which tokens stay: last, first, grid or random.", show_default="last")
+    str | None, typer.Option(help="Which tokens stay: last, first, grid, rows or random.", show_default="last")
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the pattern random.", show_default="0")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
