@@ -36,7 +36,7 @@ pocket: $(READY)  ## train the model in the box from nothing (hours on two cores
 	$(VENV)/bin/python -m adsc.pocket.training recipes/pocket.yaml --export src/adsc/pocket/model
 	$(VENV)/bin/python -m adsc.pocket.evaluation --processes 2
 
-pocket-idefics3: $(READY)  ## train a second architecture on the same scenes, for comparison (under an hour on one core)
+pocket-idefics3: $(READY)  ## train a second architecture on the same scenes, for comparison (about an hour on one core)
 	$(VENV)/bin/python -m adsc.pocket.training recipes/pocket-idefics3.yaml --threads 1
 	$(VENV)/bin/python -m adsc.pocket.training recipes/pocket-idefics3.yaml --export runs/pocket-idefics3/model
 
