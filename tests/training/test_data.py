@@ -364,6 +364,12 @@ def test_pocket_rows_are_functions_of_their_numbers():
     three = PocketQuestions("train", 50, turns=3)[7]["messages"]
     assert three[:2] == one[7]["messages"]
     assert [part["type"] for message in three for part in message["content"]] == ["image", *["text"] * 6]
+    named = PocketQuestions("train", 50, turns=4, tasks=["reading", "grounding", "grounding"])
+    asked = [message["content"][-1]["text"] for row in named for message in row["messages"][::2]]
+    where = sum(text.startswith("where is the") for text in asked)
+    assert len(asked) == 200
+    assert where + sum("printed" in text for text in asked) == 200
+    assert where > 100  # a scene has two things to read
 
 
 def test_pocket_validation_is_the_balanced_split():
@@ -386,6 +392,8 @@ def test_pocket_validation_is_the_balanced_split():
         ({"pocket": "train", "rows": 0}, "must be at least 1"),
         ({"pocket": "train", "images": 3}, "is not understood; give paths, or pocket: train"),
         ({"pocket": "validation", "turns": 2}, "one question a prompt"),
+        ({"pocket": "validation", "tasks": ["reading"]}, "are stored; leave tasks out"),
+        ({"pocket": "train", "tasks": ["singing"]}, "no task 'singing'; its tasks are existence, "),
     ],
 )
 def test_bad_pocket(given, message):

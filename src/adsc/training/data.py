@@ -469,9 +469,12 @@ class PocketQuestions(Sequence[Row]):
         How many; by default 100,000, or all of the validation split. Fewer of it are spread over its scenes.
     turns
         Questions a row.
+    tasks
+        What is asked in ``train``, by default all tasks evenly; one named twice is asked twice as often.
     """
 
-    def __init__(self, split: str, rows: int | None = None, turns: int = 1) -> None:
+    def __init__(self, split: str, rows: int | None = None, turns: int = 1, tasks: Sequence[str] | None = None) -> None:
+        from ..pocket.questions import TASKS
         from ..pocket.splits import load
 
         if split not in ("train", "validation"):
@@ -480,7 +483,11 @@ class PocketQuestions(Sequence[Row]):
             raise InputError(f"pocket rows ({rows}) and turns ({turns}) must be at least 1")
         if split == "validation" and turns > 1:
             raise InputError("pocket: validation asks one question a prompt, as the model is measured; leave turns out")
-        self.turns, self.report = turns, Report()
+        if unknown := [task for task in tasks or () if task not in TASKS]:
+            raise InputError(f"pocket has no task {unknown[0]!r}; its tasks are {', '.join(TASKS)}")
+        if split == "validation" and tasks is not None:
+            raise InputError("pocket: the questions of validation are stored; leave tasks out")
+        self.turns, self.tasks, self.report = turns, tuple(TASKS if tasks is None else tasks), Report()
         self._stored = [(i, q) for i, asked in load("validation") for q in asked] if split == "validation" else None
         most = len(self._stored) if self._stored is not None else 100_000 if rows is None else rows
         self.report.good = self._rows = most if rows is None else min(rows, most)
@@ -499,7 +506,7 @@ class PocketQuestions(Sequence[Row]):
             asked = [question]
         else:
             drawn = scene(SPLIT_SEEDS["train"] + FRESH_SCENES + index)
-            image, asked = render(drawn), questions(drawn, self.turns)
+            image, asked = render(drawn), questions(drawn, self.turns, tasks=self.tasks)
         messages: list[dict[str, Any]] = []
         for question in asked:
             before = [] if messages else [{"type": "image"}]
@@ -512,18 +519,18 @@ Rows = Conversations | PocketQuestions
 
 
 def open_rows(given: str | Path | Iterable[str | Path] | Mapping[str, Any], **options: Any) -> Rows:
-    """What a recipe names as data: paths and globs, or ``{"pocket": "train"}`` with ``rows`` and ``turns``.
+    """What a recipe names as data: paths and globs, or ``{"pocket": "train"}`` with ``rows``, ``turns`` and ``tasks``.
 
     Options are those of :class:`Conversations`.
     """
     if not isinstance(given, Mapping):
         return Conversations(given, **options)
-    unknown = sorted(given.keys() - {"pocket", "rows", "turns"})
+    unknown = sorted(given.keys() - {"pocket", "rows", "turns", "tasks"})
     if unknown or "pocket" not in given:
         raise InputError(
-            f"data {dict(given)} is not understood; give paths, or pocket: train with rows and turns where wanted"
+            f"data {dict(given)} is not understood; give paths, or pocket: train with rows, turns and tasks where wanted"
         )
-    return PocketQuestions(given["pocket"], given.get("rows"), given.get("turns", 1))
+    return PocketQuestions(given["pocket"], given.get("rows"), given.get("turns", 1), given.get("tasks"))
 
 
 def as_dataset(rows: Rows) -> datasets.Dataset:

@@ -67,11 +67,13 @@ class _Part(BaseModel):
 
 
 class Pocket(_Part):
-    """Scenes of the model in the box: a split, and how many rows of how many questions each (all, and one)."""
+    """Scenes of the model in the box: a split, how many rows of how many questions each (all, and one), and of which
+    tasks (all; one named twice is asked twice as often)."""
 
     pocket: Literal["train", "validation"]
     rows: int | None = Field(default=None, ge=1)
     turns: int | None = Field(default=None, ge=1)
+    tasks: tuple[str, ...] | None = Field(default=None, min_length=1)
 
 
 Ratio = Annotated[Fraction, BeforeValidator(fraction), PlainSerializer(str)]
@@ -79,7 +81,7 @@ Text = Annotated[Schedule, BeforeValidator(_schedule), PlainSerializer(str)]
 Names = tuple[Annotated[str, Field(min_length=1)], ...]
 Sources = Annotated[
     Annotated[Names, BeforeValidator(_listed), Field(min_length=1)] | Pocket,
-    _must_be("a path or pattern of files, a list of them, or {pocket: train} (or validation; rows, turns)"),
+    _must_be("a path or pattern of files, a list of them, or {pocket: train} (or validation; rows, turns, tasks)"),
 ]
 Targets = Annotated[Literal["all-linear"] | Names, _must_be("all-linear or a list of names like [q_proj, v_proj]")]
 
