@@ -119,7 +119,7 @@ def test_image_tokens() -> None:
     ("methd.pattern=last", "methd is unknown; did you mean method?"),
     ("method.patern=last", "method.patern is unknown; did you mean pattern?"),
     ("lora.xyz=1", "lora.xyz is unknown; the keys here are rank, alpha, dropout, targets, projector"),
-    ("method.pattern=middle", "method.pattern is middle; it can be last, first, grid or random"),
+    ("method.pattern=middle", "method.pattern is middle; it can be last, first, grid, rows or random"),
     ("curriculum.kind=steep", "curriculum.kind is steep; it can be constant, light_to_heavy, heavy_to_light, "
      "deep_to_shallow or elastic"),
     ("method.retained=0", "method.retained: fraction 0 is outside (0, 1]"),

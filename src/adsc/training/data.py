@@ -528,7 +528,7 @@ def open_rows(given: str | Path | Iterable[str | Path] | Mapping[str, Any], **op
     unknown = sorted(given.keys() - {"pocket", "rows", "turns", "tasks"})
     if unknown or "pocket" not in given:
         raise InputError(
-            f"data {dict(given)} is not understood; give paths, or pocket: train with rows, turns and tasks where wanted"
+            f"data {dict(given)} is not understood; give paths, or pocket: train (with rows, turns, tasks)"
         )
     return PocketQuestions(given["pocket"], given.get("rows"), given.get("turns", 1), given.get("tasks"))
 
