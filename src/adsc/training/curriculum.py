@@ -47,7 +47,7 @@ class Curriculum:
     warm
         Part of the training, in (0, 1], after which the target is reached.
     budgets
-        The schedules of ``elastic``.
+        The schedules of ``elastic``; one named twice is drawn twice as often.
     seed
         Seed of the draws of ``elastic``.
 
@@ -111,7 +111,9 @@ class Curriculum:
     def shares(self) -> list[tuple[Fraction, Schedule]]:
         """Every schedule of the training, in their order, and the part of it that each one takes (together 1)."""
         if self.kind == "elastic":
-            return [(Fraction(1, len(self.budgets)), schedule) for schedule in self.budgets]
+            return [
+                (Fraction(self.budgets.count(each), len(self.budgets)), each) for each in dict.fromkeys(self.budgets)
+            ]
         warm = Fraction(self.warm)
         shares = [(warm / STEPS, self._step(step)) for step in range(STEPS)] + [(1 - warm, self.target)]
         merged: list[tuple[Fraction, Schedule]] = []

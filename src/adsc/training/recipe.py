@@ -141,7 +141,7 @@ class CurriculumPart(_Part):
     kind, warm
         Of the curriculum.
     budgets
-        What ``elastic`` draws from.
+        What ``elastic`` draws from; one named twice is drawn twice as often.
     schedules
         Budget → schedule, where :meth:`adsc.Schedule.for_budget`'s is not wanted.
     """
@@ -372,9 +372,6 @@ def check(values: Mapping[str, Any], name: str = "recipe") -> Recipe:
         raise InputError(f"{name}: {'; '.join(_say(each) for each in error.errors())}") from None
     for key in recipe.training.keys() & MANAGED.keys():
         raise InputError(f"{name}: training.{key} cannot be set: {MANAGED[key]}")
-    budgets = recipe.curriculum.budgets
-    if len(set(budgets)) < len(budgets):
-        raise InputError(f"{name}: curriculum.budgets names one twice: {', '.join(map(str, budgets))}")
     if recipe.data.independent_turns and recipe.method.positions == "compact":
         raise InputError(f"{name}: data.independent_turns needs method.positions original; set one of them otherwise")
     return recipe
