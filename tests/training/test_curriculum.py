@@ -91,7 +91,7 @@ def test_a_budget_named_twice_is_drawn_twice_as_often() -> None:
     curriculum = Curriculum("elastic", BUDGETS[-1], LAYERS, budgets=[*BUDGETS, BUDGETS[-1]])
     drawn = [curriculum.schedule(0, draw) for draw in range(3 * (len(BUDGETS) + 1))]
     assert [drawn.count(each) for each in BUDGETS] == [3] * (len(BUDGETS) - 1) + [6]
-    shares = dict((schedule, share) for share, schedule in curriculum.shares())
+    shares = {schedule: share for share, schedule in curriculum.shares()}
     assert len(shares) == len(curriculum.shares()) == len(BUDGETS)
     assert shares[BUDGETS[-1]] == 2 * shares[BUDGETS[0]]
     assert sum(shares.values()) == 1
