@@ -275,7 +275,7 @@ def test_pocket_recipe(run: Run) -> None:
         assert str(plan.vision_tokens_per_layer()[-1]) == left
         assert asked.curriculum.schedules[Fraction(budget)] == plan.schedule
     method = asked.reduction(AutoConfig.from_pretrained(pocket))
-    assert str(method.schedule) == "4:1/2,8:1/2,12:1/2,16:1/2"
+    assert str(method.schedule) == "6:1/2,9:1/4,11:1/8"
     status, out, err = run(path, "--dry-run", "--json", "--set", f"model={pocket}")
     assert (status, err) == (0, "")
     assert yaml.safe_load(out)["vision_tokens"] == 256
