@@ -46,7 +46,7 @@ def refused(ran: Ran, *words: str) -> None:
     (["--retain", "a third"], "not a number"),
     (["--retain", "1/100"], "the nearest is"),
     (["--retain", "1/3", "--schedule", "3:1/2"], "give one of them"),
-    (["--pattern", "middle"], "last, first, grid, random"),
+    (["--pattern", "middle"], "last, first, grid, rows, random"),
 ])  # fmt: skip
 @pytest.mark.parametrize("command", ["cost", "run"])
 def test_reduction(adsc_run: Run, pocket: Path, image: Path, command: str, arguments: list[str], word: str) -> None:
