@@ -257,6 +257,17 @@ def test_the_table_of_ablations(tmp_path, capsys):
     assert "−" in text
 
 
+def test_where_the_model_reads(tmp_path, capsys):
+    study.main(["layers", "--folder", str(tmp_path), "--images", "3"])
+    rows = json.loads((tmp_path / "layers.json").read_text())["rows"]
+    assert [row["layers with vision tokens"] for row in rows] == list(range(1, 25))
+    overall = [row["quality"]["overall"]["mean"] for row in rows]
+    assert overall[0] < 0.8 < overall[-1]
+    assert (tmp_path / "layers.md").read_text().count("\n| ") == 25
+    stored = read(tmp_path / "predictions" / "validation-first-3" / "layers-6-1_256.json").about
+    assert (stored["schedule"], stored["share"]) == ("6:1/256", pytest.approx((6 * 256 + 18) / 24 / 256, abs=1e-5))
+
+
 def test_wrong_ablations_are_told_in_one_line(tmp_path):
     recipe = tmp_path / "ablations.yaml"
     for text, said in (

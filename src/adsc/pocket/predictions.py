@@ -58,7 +58,7 @@ class Asked:
     model
         Folder of a model or an adapter, or hub id.
     retained
-        Budgets, as text; :data:`OWN` is the schedule saved with the adapter.
+        Budgets, as text, or schedules like ``6:1/2``; :data:`OWN` is the schedule saved with the adapter.
     schedules_of
         Folder whose saved schedules are used, in place of the model's own.
     condition
@@ -90,7 +90,8 @@ class Asked:
         seed = "" if self.seed is None else f"-seed{self.seed}"
         shown = "" if self.condition == "dense" else "-" + self.condition.replace(" ", "-").replace("/", "_")
         part = "" if self.images is None else f"-first-{self.images}"
-        return self.folder / f"{self.split}{part}" / f"{self.name}{seed}-{retained.replace('/', '_')}{shown}.json"
+        at = retained.replace("/", "_").replace(":", "-")
+        return self.folder / f"{self.split}{part}" / f"{self.name}{seed}-{at}{shown}.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,6 +228,8 @@ def _method(asked: Asked, model: Any, retained: str) -> ADSC:
         method = ADSC(saved.schedule, saved.pattern, saved.positions, saved.seed, saved.budgets)
     if retained == OWN:
         return method
+    if ":" in retained:
+        return replace(method, schedule=Schedule.parse(retained))
     budget, tokens = fraction(retained, "retained"), vision_tokens(model.config.model_type)
     schedule = dict(method.budgets).get(budget)
     if schedule is None:

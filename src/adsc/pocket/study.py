@@ -1,5 +1,6 @@
 """The evidence on the model in the box: what quality is left at a budget, untrained and trained, and what that saves.
 
+    python -m adsc.pocket.study layers          # where the model reads → results/pocket/layers.{json,md}, validation
     python -m adsc.pocket.study predict --name untrained --schedules-of ADAPTER --retained 1 1/3 2/9 1/9 1/18
     python -m adsc.pocket.study predict --name untrained --condition "downsampled 1/9"
     python -m adsc.pocket.study predict --name dense --seed 0 --model CONTROL --retained 1
@@ -26,7 +27,7 @@ import io
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ from numpy.typing import NDArray
 from ..errors import InputError
 from ..evaluation.record import store
 from ..evaluation.statistics import Mean, clustered_mean, clustered_mean_of_groups, clustered_ratio
+from ..hf.checkpoint import read_config
 from . import MODEL_FOLDER
 from .ablations import Ablations
+from .building import vision_tokens
 from .predictions import CONDITIONS, OWN, PRECISIONS, Asked, Predictions, fingerprint, predict, read, read_all
 from .questions import TASKS
 from .splits import load
@@ -315,6 +318,36 @@ def tabulate(folder: Path, split: str, images: int | None) -> dict[str, Any]:
     return result
 
 
+def layers(asked: Asked, folder: Path, processes: int = 1) -> str:
+    """Where a model reads its vision tokens: what is right when all but the last of them go in front of a layer.
+
+    Writes ``layers.json`` and ``layers.md`` into ``folder``, and returns the latter.
+    """
+    config = read_config(asked.model)
+    depth, tokens = config.get_text_config().num_hidden_layers, vision_tokens(config.model_type)
+    cuts = [f"{layer}:1/{tokens}" for layer in range(1, depth)]
+    paths = predict(replace(asked, name="layers", retained=(*cuts, "1")), processes)
+    questions, fingerprints = questions_of(asked.split, asked.images)
+    groups = questions.groups(None)
+    rows: list[dict[str, Any]] = []
+    for layer, path in enumerate(paths, start=1):
+        right = read(path).right
+        quality = {name: clustered_mean(right[at], questions.images[at]).to_dict() for name, at in groups.items()}
+        rows.append({"layers with vision tokens": layer, "quality": quality})
+    about = {"split": asked.split, "images": len(np.unique(questions.images)), "questions": fingerprints["count"]}
+    store(folder / "layers.json", about | {"rows": rows})
+    shown = [[str(row["layers with vision tokens"]), *(f"{100 * mean['mean']:.1f}" for mean in row["quality"].values())]
+             for row in rows]  # fmt: skip
+    text = (
+        "# Where the model in the box reads its vision tokens\n\n"
+        f"In % right of {about['questions']:,} questions of the {asked.split} split about {about['images']:,} images, "
+        "when all but the last vision token go behind so many layers. Untrained. Where a row is better than the one above, the "
+        "layer between them reads.\n\n" + _table(("layers", *groups), shown) + "\n"
+    )
+    write(folder / "layers.md", text)
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -322,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def command(name: str, help: str) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=help, description=help)
         made.add_argument("--folder", type=Path, default=Path("results/pocket"), help="default: results/pocket")
-        made.add_argument("--split", choices=("validation", "test"), default="test", help="default: test")
+        made.add_argument("--split", choices=("validation", "test"), default="test", help="default: %(default)s")
         made.add_argument("--images", type=int, help="only the first so many images, stored apart")
         return made
 
@@ -337,6 +370,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one.add_argument("--processes", type=int, default=1, help="parts of the work done at once (default: 1)")
     one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command("table", "The main table, from what is stored.")
+    where = command("layers", "Drop all vision tokens but one in front of each layer: where does the model read them?")
+    where.add_argument("--model", default=str(MODEL_FOLDER), help="default: the model in the box")
+    where.add_argument("--processes", type=int, default=1, help="parts of the work done at once (default: 1)")
+    where.set_defaults(split="validation")
     runs = {
         "ablate": command("ablate", "Train the runs of an ablation one after another, and predict on validation."),
         "ablations": command("ablations", "The table of the ablations, from what is stored."),
@@ -365,6 +402,9 @@ def _run(given: argparse.Namespace) -> None:
         asked = Asked(**options | {"retained": tuple(given.retained), "folder": folder})
         for path in predict(asked, given.processes):
             print(f"{path}: {100 * read(path).about['accuracy']:.2f} % right")
+    elif given.command == "layers":
+        asked = Asked("layers", model=given.model, split=given.split, images=given.images)
+        print(layers(replace(asked, folder=given.folder / "predictions"), given.folder, given.processes))
     elif given.command == "table":
         result = tabulate(given.folder, given.split, given.images)
         print(markdown(result))
