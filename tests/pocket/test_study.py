@@ -263,7 +263,7 @@ def test_where_the_model_reads(tmp_path, capsys):
     assert [row["layers with vision tokens"] for row in rows] == list(range(1, 25))
     overall = [row["quality"]["overall"]["mean"] for row in rows]
     assert overall[0] < 0.8 < overall[-1]
-    assert (tmp_path / "layers.md").read_text().count("\n| ") == 25
+    assert (tmp_path / "layers.md").read_text().count("\n| ") == 26  # head, rule and layers
     stored = read(tmp_path / "predictions" / "validation-first-3" / "layers-6-1_256.json").about
     assert (stored["schedule"], stored["share"]) == ("6:1/256", pytest.approx((6 * 256 + 18) / 24 / 256, abs=1e-5))
 

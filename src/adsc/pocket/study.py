@@ -341,8 +341,8 @@ def layers(asked: Asked, folder: Path, processes: int = 1) -> str:
     text = (
         "# Where the model in the box reads its vision tokens\n\n"
         f"In % right of {about['questions']:,} questions of the {asked.split} split about {about['images']:,} images, "
-        "when all but the last vision token go behind so many layers. Untrained. Where a row is better than the one above, the "
-        "layer between them reads.\n\n" + _table(("layers", *groups), shown) + "\n"
+        "when all but the last vision token go behind so many layers. Untrained. Where a row is better than the one "
+        "above, the layer between them reads.\n\n" + _table(("layers", *groups), shown) + "\n"
     )
     write(folder / "layers.md", text)
     return text
